@@ -1,0 +1,47 @@
+"""gatefuse: fuses ``sigmoid(linear(x, w)) * value``, the shared-expert gate, in compiled models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gatefuse.ops import linear_sigmoid_mul, linear_sigmoid_mul_reference
+from gatefuse.settings import Options
+
+if TYPE_CHECKING:
+    from gatefuse.backend import disable, enable, explain, fusing, options
+    from gatefuse.report import FusionError, Report, record
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusionError",
+    "Options",
+    "Report",
+    "disable",
+    "enable",
+    "explain",
+    "fusing",
+    "linear_sigmoid_mul",
+    "linear_sigmoid_mul_reference",
+    "options",
+    "record",
+]
+
+_LAZY = {
+    "FusionError": "gatefuse.report",
+    "Report": "gatefuse.report",
+    "disable": "gatefuse.backend",
+    "enable": "gatefuse.backend",
+    "explain": "gatefuse.backend",
+    "fusing": "gatefuse.backend",
+    "options": "gatefuse.backend",
+    "record": "gatefuse.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Inductor is imported when it is needed, not by `import gatefuse`.
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'gatefuse' has no attribute {name!r}")

@@ -1,0 +1,174 @@
+"""Ways to turn the pass on: a backend, options of one compilation, or the whole process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch._inductor import config
+
+from gatefuse import compat, report
+from gatefuse.fusion_pass import GateFusionPass
+from gatefuse.settings import Options, disabled_by_environment, resolve
+
+__all__ = ["disable", "enable", "explain", "fusing", "gatefuse_backend", "options"]
+
+HOOK = "post_grad_custom_post_pass"
+PRE_HOOK = "post_grad_custom_pre_pass"
+_PREFIX = "gatefuse."
+
+
+def _usable() -> bool:
+    if disabled_by_environment():
+        return False
+    if (reason := compat.unsupported_reason()) is not None:
+        compat.warn_unsupported(reason)
+        return False
+    return True
+
+
+def options(
+    inductor_options: Mapping[str, Any] | None = None, /, **gatefuse_options: Any
+) -> dict[str, Any]:
+    """Options for ``torch.compile(model, options=...)`` that add the pass to one compilation.
+
+    inductor_options: other options of Inductor's for the same compilation; a pass of the user's on
+    the hook among them, or one set globally, runs before gatefuse's. gatefuse_options: fields of
+    :class:`gatefuse.Options`.
+
+    Raises TypeError or ValueError on an unknown or wrong gatefuse option.
+    """
+    opts = resolve(gatefuse_options)
+    result = {key.replace("-", "_"): value for key, value in (inductor_options or {}).items()}
+    if _usable():
+        existing = result.get(HOOK, getattr(config, HOOK))
+        result[HOOK] = compat.append_pass(existing, GateFusionPass(opts))
+    return result
+
+
+def enable(**gatefuse_options: Any) -> None:
+    """Add the pass to every later Inductor compilation of this process.
+
+    Calling it again only replaces the options. Passes already on the hook keep running, first.
+    """
+    opts = resolve(gatefuse_options)
+    if _usable():
+        setattr(config, HOOK, compat.append_pass(getattr(config, HOOK), GateFusionPass(opts)))
+
+
+def disable() -> None:
+    """Undo :func:`enable`; other passes on the hooks stay."""
+    for hook in (HOOK, PRE_HOOK):
+        setattr(config, hook, compat.remove_pass(getattr(config, hook)))
+
+
+@contextlib.contextmanager
+def fusing(**gatefuse_options: Any) -> Iterator[report.Report]:
+    """Enable the pass inside a block; yields the report of what is compiled in it.
+
+    ``expect=n`` raises :class:`gatefuse.FusionError` at the end of the block if the graphs compiled
+    in it have fewer than n fused sites together.
+    """
+    expect = resolve(gatefuse_options).expect
+    before = getattr(config, HOOK)
+    with report.record() as result:
+        enable(**{**gatefuse_options, "expect": 0})
+        try:
+            yield result
+        finally:
+            # Put back what was there, unless the block itself changed the hook.
+            ours = [p for p in compat.passes_of(before) if isinstance(p, GateFusionPass)]
+            disable()
+            if ours:
+                setattr(config, HOOK, compat.append_pass(getattr(config, HOOK), ours[0]))
+    if result.fused < expect:
+        raise report.FusionError(
+            f"gatefuse: expected at least {expect} fused gates, fused {result.fused}.\n{result}"
+        )
+
+
+def gatefuse_backend(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """The backend ``"gatefuse"`` of ``torch.compile``: Inductor with the pass.
+
+    Takes Inductor's modes and options; options named ``gatefuse.<field of Options>`` are
+    gatefuse's own.
+    """
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    own, inductor = {}, {}
+    for key, value in (options or {}).items():
+        if key.startswith(_PREFIX):
+            own[key.removeprefix(_PREFIX)] = value
+        else:
+            inductor[key] = value
+    patches = {**list_mode_options(mode or "default"), **inductor}
+    return compile_fx(gm, example_inputs, config_patches=globals()["options"](patches, **own))
+
+
+def _reset() -> None:
+    # torch._dynamo.reset() calls this on a backend: CUDA graphs of mode "reduce-overhead".
+    import sys
+
+    if "torch._inductor.cudagraph_trees" in sys.modules:
+        sys.modules["torch._inductor.cudagraph_trees"].reset_cudagraph_trees()
+
+
+gatefuse_backend.reset = _reset  # type: ignore[attr-defined]
+
+
+def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> report.Report:
+    """Compile ``model`` with gatefuse, call it once with the arguments, and tell what was fused.
+
+    The call is a real one, on whatever device the model is, in the grad mode of the caller; if its
+    result requires grad, the backward graph is compiled too, without touching any ``.grad``.
+    Inductor's caches are off for it, so that every site and rejection is seen. Compilations made
+    before are left alone. Options come from the environment, or from a surrounding
+    :func:`gatefuse.fusing`.
+    """
+    opts = resolve({})
+    for graph_pass in compat.passes_of(getattr(config, HOOK)):
+        if isinstance(graph_pass, GateFusionPass):
+            opts = graph_pass.options
+
+    # A backend of its own, so that Dynamo compiles every frame anew.
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        own = {_PREFIX + name: value for name, value in asdict(opts).items()}
+        return gatefuse_backend(gm, example_inputs, options=own)
+
+    with (
+        report.record() as result,
+        config.patch(force_disable_caches=True),
+        torch._dynamo.config.patch(recompile_limit=64),
+    ):
+        compiled = torch.compile(model, backend=backend)
+        out = compiled(*args, **kwargs)
+        leaves = [
+            t
+            for t in torch.utils._pytree.tree_leaves(out)
+            if isinstance(t, torch.Tensor) and t.requires_grad
+        ]
+        if leaves:
+            inputs = [p for p in _parameters(model, args, kwargs) if p.requires_grad]
+            torch.autograd.grad([t.sum() for t in leaves], inputs, allow_unused=True)
+    if (reason := compat.unsupported_reason()) is not None:
+        result.note = reason
+    elif disabled_by_environment():
+        result.note = "GATEFUSE_DISABLE is set"
+    return result
+
+
+def _parameters(model: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    tensors = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    return tensors + [t for t in leaves if isinstance(t, torch.Tensor)]

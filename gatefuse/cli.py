@@ -1,0 +1,145 @@
+"""The `gatefuse` command: `gatefuse demo` and `gatefuse env`.
+
+Exit codes: 0 when all is well; 1 when the demo finds a gate that was not fused or a result that
+differs, or this PyTorch is not supported; 2 when the command cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["main"]
+
+_PACKAGES = ("gatefuse", "torch", "triton", "transformers", "depyf", "vllm")
+
+
+def _version(package: str) -> str | None:
+    if package == "gatefuse":
+        from gatefuse import __version__
+
+        return __version__
+    if package == "torch":  # with the build, such as +cu130
+        import torch
+
+        return str(torch.__version__)
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _environment() -> dict[str, Any]:
+    import torch
+
+    from gatefuse import compat
+
+    devices = []
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
+        module = torch.get_device_module(kind.type)
+        for index in range(torch.accelerator.device_count()):
+            name = getattr(module, "get_device_name", lambda i: "")(index)
+            devices.append(f"{kind.type}:{index} {name}".strip())
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "c++ compiler": next(filter(None, map(shutil.which, _compilers())), None),
+        "devices": devices or ["cpu"],
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith("GATEFUSE_")},
+        "unsupported": compat.unsupported_reason(),
+    }
+
+
+def _compilers() -> list[str]:
+    return [name for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name]
+
+
+def _env(args: argparse.Namespace) -> int:
+    found = _environment()
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for name, value in found.items():
+            if name in ("unsupported", "variables"):
+                continue
+            text = ", ".join(value) if isinstance(value, list) else value
+            print(f"{name:14}{text or 'not found'}")
+        for name, value in found["variables"].items():
+            print(f"{name}={value}")
+        reason = found["unsupported"]
+        print("This PyTorch is supported." if reason is None else f"Nothing is fused: {reason}.")
+    return 0 if found["unsupported"] is None else 1
+
+
+def _demo(args: argparse.Namespace) -> int:
+    import torch
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    from gatefuse import demo
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        result = demo.run_demo(
+            args.device,
+            dtype=getattr(torch, args.dtype),
+            models=args.model or demo.MODELS,
+            measure=not args.no_timing,
+            say=say,
+        )
+    except demo.DemoError as error:
+        say(f"gatefuse: {error}")
+        return 2
+    except InvalidCxxCompiler:
+        say("gatefuse: PyTorch finds no C++ compiler (g++ or clang++); install one, or set CXX")
+        return 2
+    print(json.dumps(result.to_dict(), indent=2) if args.json else result)
+    return 0 if result.passed else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gatefuse",
+        description="Fuse sigmoid(linear(x, w)) * value in models compiled by torch.compile.",
+    )
+    parser.add_argument("--version", action="version", version=f"gatefuse {_version('gatefuse')}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser(
+        "demo", help="compile small transformers models with and without gatefuse and compare"
+    )
+    demo.add_argument("--device", help="cpu, cuda, cuda:1, xpu (default: the GPU if there is one)")
+    demo.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the models",
+    )
+    demo.add_argument(
+        "--model", action="append", choices=("qwen2_moe", "qwen3_next"), help="one model only"
+    )
+    demo.add_argument("--no-timing", action="store_true", help="do not measure on a GPU")
+    demo.add_argument("--json", action="store_true", help="print the result as JSON")
+    demo.set_defaults(run=_demo)
+
+    env = commands.add_parser("env", help="print versions and whether this PyTorch is supported")
+    env.add_argument("--json", action="store_true", help="print as JSON")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``argv`` (by default the process's arguments); returns the exit code."""
+    args = _parser().parse_args(argv)
+    run: Any = args.run
+    return int(run(args))

@@ -1,0 +1,319 @@
+"""The graph pass: rewrites each gate to one node of the op, and records what it did.
+
+Matches:         mm / addmm / mv / bmm / sum(mul) -> [add bias] -> sigmoid -> mul(value) -> [add]
+Rewrites to:     gatefuse.linear_sigmoid_mul(input, weight, bias, value, addend)
+Left unchanged:  everything else; see :mod:`gatefuse.matcher` for the reasons
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import math
+import operator
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule, Node
+
+from gatefuse import compat, report, settings
+from gatefuse.matcher import Site, find_sites, logit_shape_op, site_dtype
+from gatefuse.settings import Options
+
+__all__ = ["GateFusionPass", "PassSequence"]
+
+log = logging.getLogger("gatefuse")
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+META_KEY = "gatefuse"
+"""Key of ``node.meta`` under which an op node carries a dict for the lowering."""
+
+_graph_numbers = itertools.count()
+
+
+def _sources_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class GateFusionPass(CustomGraphPass):
+    """Inductor post-grad pass (either hook) that fuses the gates of a graph.
+
+    Picklable, holds no graph and no module; equal to another pass with the same options.
+    """
+
+    def __init__(self, options: Options = Options()) -> None:
+        self.options = options
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GateFusionPass) and other.options == self.options
+
+    def __hash__(self) -> int:
+        return hash((GateFusionPass, self.options))
+
+    def __repr__(self) -> str:
+        return f"GateFusionPass({self.options})"
+
+    def uuid(self) -> str:
+        """Identifies sources and options, for Inductor's cache key."""
+        disabled = settings.disabled_by_environment()
+        return f"gatefuse {_sources_hash()} {self.options!r} disabled={disabled}"
+
+    def __call__(self, graph: Graph) -> None:
+        if settings.disabled_by_environment():
+            return
+        if (reason := compat.unsupported_reason()) is not None:
+            compat.warn_unsupported(reason)
+            return
+        from gatefuse import lowering
+
+        lowering.register()
+        phase = compat.graph_phase(graph)
+        entry = report.GraphReport(f"graph_{next(_graph_numbers)}_{phase}", phase)
+        try:
+            sites, rejections = find_sites(graph)
+        except Exception as e:  # a graph nobody foresaw compiles unfused
+            log.warning("gatefuse: matching failed, the graph is left as it is", exc_info=True)
+            entry.error = f"{type(e).__name__}: {e}"
+            sites, rejections = [], []
+        entry.rejections = [
+            report.RejectionReport(r.node.name, report.location_of(r.node), r.reason)
+            for r in rejections
+        ]
+        dump = settings.dump_directory()
+        keep_text = bool(sites) and (report.recording() or dump is not None)
+        if keep_text:
+            entry.before = _readable(graph, f"gatefuse before {entry.name}")
+        replaced: dict[Node, Node] = {}
+        for site in sites:
+            key = f"{entry.name}/{site.sigmoid.name}/{os.getpid()}"
+            try:
+                new = _Rewriter(graph, site, replaced, self.options, key).rewrite()
+            except Exception as e:
+                log.warning("gatefuse: a site is left as it is", exc_info=True)
+                entry.rejections.append(
+                    report.RejectionReport(
+                        site.sigmoid.name,
+                        report.location_of(site.sigmoid),
+                        f"could not be rewritten: {type(e).__name__}: {e}",
+                    )
+                )
+                continue
+            entry.sites.append(_site_report(site, new, key))
+        entry.fused = len(entry.sites)
+        if entry.fused:
+            if any(site.keeps_logit for site in sites):
+                from torch._inductor.pattern_matcher import stable_topological_sort
+
+                stable_topological_sort(graph)
+            graph.lint()
+        if keep_text:
+            entry.after = _readable(graph, f"gatefuse after {entry.name}")
+        report.add_graph(entry)
+        log.info(
+            "gatefuse: %s: %d fused, %d left alone",
+            entry.name,
+            entry.fused,
+            len(entry.rejections),
+        )
+        if dump is not None:
+            single = report.Report([entry])
+            single.save(Path(dump) / f"{os.getpid()}.{entry.name}")
+        if phase != "backward" and entry.fused < self.options.expect:
+            raise report.FusionError(
+                f"gatefuse: expected at least {self.options.expect} fused gates in the graph, "
+                f"fused {entry.fused}.\n{report.Report([entry])}"
+            )
+
+
+class PassSequence(CustomGraphPass):
+    """Several passes on a hook of Inductor's that holds one."""
+
+    def __init__(self, passes: tuple[Callable[..., Any], ...]) -> None:
+        self.passes = passes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PassSequence) and other.passes == self.passes
+
+    def __hash__(self) -> int:
+        return hash((PassSequence, self.passes))
+
+    def __call__(self, graph: Graph) -> None:
+        for graph_pass in self.passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any:
+        """The passes' own ids, or None (no caching) if any of them has none."""
+        ids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
+        return None if any(i is None for i in ids) else tuple(ids)
+
+
+def _readable(graph: Graph, name: str) -> str:
+    """Code of the graph; told to torch's graph logging, where depyf and vLLM pick it up."""
+    from torch._dynamo import utils
+
+    module = graph.owning_module
+    if module is None:
+        module = GraphModule(torch.nn.Module(), graph)
+    else:
+        module = GraphModule(module, graph)
+    utils.lazy_format_graph_code(name.replace(" ", "_"), module)
+    text = module.print_readable(
+        print_output=False, include_stride=True, include_device=True, expanded_def=True
+    )
+    return f"# {name}\n{text}"
+
+
+def _site_report(site: Site, new: Node, key: str) -> report.SiteReport:
+    x, v = site.input.meta["val"], site.value.meta["val"]
+    return report.SiteReport(
+        node=new.name,
+        location=report.location_of(site.sigmoid) or report.location_of(site.mul),
+        rows=str(math.prod(x.shape[:-1])),
+        H=str(x.shape[-1]),
+        D=str(v.shape[-1]),
+        dtype=str(site.anchor.meta["val"].dtype).removeprefix("torch."),
+        has_bias=site.bias is not None,
+        has_addend=site.addend is not None,
+        keeps_logit=site.keeps_logit,
+        key=key,
+    )
+
+
+class _Rewriter:
+    """Replaces one site by one op node; on an error the graph is as before."""
+
+    def __init__(
+        self, graph: Graph, site: Site, replaced: dict[Node, Node], opts: Options, key: str
+    ) -> None:
+        self.graph = graph
+        self.site = site
+        self.replaced = replaced
+        self.options = opts
+        self.key = key
+        self.new: list[Node] = []
+        self.erased: set[Node] = set()
+
+    def rewrite(self) -> Node:
+        """Returns the op node; raises where the result would not be what it replaces."""
+        site = self.site
+        try:
+            with self.graph.inserting_before(site.anchor):
+                op, result, logit = self._insert()
+        except Exception:
+            for node in reversed(self.new):
+                self.graph.erase_node(node)
+            raise
+        if logit is not None:
+            site.logit.replace_all_uses_with(logit)
+            self.replaced[site.logit] = logit
+        site.anchor.replace_all_uses_with(result)
+        self.replaced[site.anchor] = result
+        dead = [site.anchor, *reversed(site.value_views), site.mul, *reversed(site.chain)]
+        for node in dict.fromkeys(dead):
+            if node not in self.erased and not node.users:
+                self._erase(node)
+        return op
+
+    def _erase(self, node: Node) -> None:
+        """Erase a node and what only it needed: views, conversions and the like, no inputs."""
+        sources = node.all_input_nodes
+        self.graph.erase_node(node)
+        self.erased.add(node)
+        for source in sources:
+            if not source.users and source.op == "call_function" and not source.is_impure():
+                self._erase(source)
+
+    def _now(self, node: Node) -> Node:
+        """The node that stands for ``node`` after the rewrites so far."""
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
+
+    def _call(self, target: Any, *args: Any) -> Node:
+        """A new node with shape metadata, attributed to the source line of the site."""
+        node = self.graph.call_function(target, args)
+        self.new.append(node)
+        for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten"):
+            if name in self.site.anchor.meta:
+                node.meta[name] = self.site.anchor.meta[name]
+        mode = getattr(self.site.anchor.meta["val"], "fake_mode", None)
+        shape_env = getattr(mode, "shape_env", None)
+        with contextlib.ExitStack() as stack:
+            if mode is not None:
+                stack.enter_context(mode)
+            if shape_env is not None:
+                stack.enter_context(shape_env.suppress_guards())
+            node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+    def _insert(self) -> tuple[Node, Node, Node | None]:
+        """Insert the op and what it needs: (op, node of the result, node of the logit or None)."""
+        site = self.site
+        input, weight, value = (self._now(n) for n in (site.input, site.weight, site.value))
+        bias = None if site.bias is None else self._now(site.bias)
+        addend = None if site.addend is None else self._now(site.addend)
+        if weight.meta["val"].dim() != 2 or weight.meta["val"].shape[0] != 1:
+            weight = self._call(aten.reshape.default, weight, [1, -1])
+        if bias is not None and bias.meta["val"].dim() != 1:
+            bias = self._call(aten.reshape.default, bias, [1])
+
+        # The op's dtype is its operands' promotion; conversions that were peeled off the operands
+        # may have made the result wider, explicit ones behind the gate may have made it narrower.
+        wanted = site.anchor.meta["val"].dtype
+        given = torch.promote_types(site_dtype(site), wanted)
+        if given != site_dtype(site):
+            value = self._call(prims.convert_element_type.default, value, wanted)
+        for view in site.value_views:
+            args = (self._now(a) if isinstance(a, Node) else a for a in view.args[1:])
+            value = self._call(view.target, value, *args)
+
+        operands = (input, weight, bias, value, addend)
+        logit: Node | None = None
+        if site.keeps_logit:
+            dtype = site.logit.meta["val"].dtype
+            op = self._call(torch.ops.gatefuse.linear_sigmoid_mul_logit.default, *operands, dtype)
+            result = self._call(operator.getitem, op, 0)
+            logit = self._call(operator.getitem, op, 1)
+            shape_op = logit_shape_op(site.logit, site.input)
+            assert shape_op is not None
+            if shape_op[0] is not aten.alias.default:
+                logit = self._call(shape_op[0], logit, *shape_op[1])
+            _check_same(logit.meta["val"], site.logit.meta["val"])
+        else:
+            result = op = self._call(torch.ops.gatefuse.linear_sigmoid_mul.default, *operands)
+        if given != wanted:
+            result = self._call(prims.convert_element_type.default, result, wanted)
+        _check_same(result.meta["val"], site.anchor.meta["val"])
+        op.meta[META_KEY] = {
+            "key": self.key,
+            "placement": self.options.placement,
+            "eager_rounding": self.options.eager_rounding,
+            "logit_dtype": site.logit.meta["val"].dtype,
+            "gate_dtype": site.chain[-1].meta["val"].dtype,
+            "product_dtype": site.mul.meta["val"].dtype,
+        }
+        return op, result, logit
+
+
+def _check_same(new: torch.Tensor, old: torch.Tensor) -> None:
+    """Raise unless dtype, shape and (where a size is not 1) strides of the two are equal."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true as known
+
+    if new.dtype != old.dtype or new.dim() != old.dim():
+        raise ValueError(f"the op would return {new.dtype}, {new.dim()}-D, not {old.dtype}")
+    for size, other, stride, wanted in zip(new.shape, old.shape, new.stride(), old.stride()):
+        if not known(size == other):
+            raise ValueError(f"the op would return shape {new.shape}, not {old.shape}")
+        if not known(size == 1) and not known(stride == wanted):
+            raise ValueError(f"the op would return strides {new.stride()}, not {old.stride()}")

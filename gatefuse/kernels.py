@@ -1,0 +1,234 @@
+"""Triton kernel of the fused gate and the rules by which it is launched.
+
+The kernel computes ``sigmoid(input @ weight.T + bias) * value + addend``, one row per program:
+products and sums in float32, one rounding at the end. Bytes moved per row: ``H`` elements of
+input, ``D`` of value, ``D`` of addend if there is one, ``D`` of out; the weight stays in L2.
+
+Importing this module imports Triton; :mod:`gatefuse.ops` and :mod:`gatefuse.lowering` do so only
+when a kernel is about to be launched.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["LaunchConfig", "launch", "launch_config", "linear_sigmoid_mul_kernel", "supports_pdl"]
+
+KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+"""Element types that the kernel reads and writes; it always computes in float32."""
+
+
+class LaunchConfig(NamedTuple):
+    """How a row is cut up: elements per load of the dot product and of the product, and warps."""
+
+    block_h: int
+    block_d: int
+    num_warps: int
+
+
+@triton.jit
+def linear_sigmoid_mul_kernel(
+    input_ptr,  # [N, H], inner stride 1
+    weight_ptr,  # [1, H], contiguous
+    bias_ptr,  # [1] or None
+    value_ptr,  # [N, D], inner stride 1
+    addend_ptr,  # [N, D], inner stride 1, or None
+    out_ptr,  # [N, D], inner stride 1
+    logit_ptr,  # [N] or None
+    input_stride,  # row strides, in elements
+    value_stride,
+    addend_stride,
+    out_stride,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,  # load the whole row before reducing it (rows that fit in registers)
+    EAGER_ROUNDING: tl.constexpr,  # round logit, gate and product as unfused PyTorch does
+    PDL: tl.constexpr,  # programmatic dependent launch: the grid starts before its inputs exist
+    WEIGHT_FIRST: tl.constexpr,  # the weight is no output of the preceding kernel: load it early
+):
+    row = tl.program_id(0).to(tl.int64)  # N * H may exceed 2**31
+    input_ptr += row * input_stride
+    value_ptr += row * value_stride
+    out_ptr += row * out_stride
+    h = tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    if addend_ptr is not None:
+        addend_ptr += row * addend_stride
+
+    if PDL and not WEIGHT_FIRST:
+        tl.extra.cuda.gdc_wait()
+    dot = tl.zeros([BLOCK_H], dtype=tl.float32)
+    if UNROLL:
+        # Loads of weight, input, value and addend are all in flight before the first use.
+        weights = ()
+        for i in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
+            if (i + 1) * BLOCK_H <= H:
+                weights = weights + (tl.load(weight_ptr + i * BLOCK_H + h),)
+            else:
+                weights = weights + (
+                    tl.load(weight_ptr + i * BLOCK_H + h, mask=i * BLOCK_H + h < H, other=0.0),
+                )
+        if PDL and WEIGHT_FIRST:
+            tl.extra.cuda.gdc_wait()
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        inputs = ()
+        for i in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
+            if (i + 1) * BLOCK_H <= H:
+                inputs = inputs + (tl.load(input_ptr + i * BLOCK_H + h),)
+            else:
+                inputs = inputs + (
+                    tl.load(input_ptr + i * BLOCK_H + h, mask=i * BLOCK_H + h < H, other=0.0),
+                )
+        values = ()
+        addends = ()
+        for i in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+            if (i + 1) * BLOCK_D <= D:
+                values = values + (tl.load(value_ptr + i * BLOCK_D + d),)
+                if addend_ptr is not None:
+                    addends = addends + (tl.load(addend_ptr + i * BLOCK_D + d),)
+            else:
+                inside = i * BLOCK_D + d < D
+                values = values + (tl.load(value_ptr + i * BLOCK_D + d, mask=inside),)
+                if addend_ptr is not None:
+                    addends = addends + (tl.load(addend_ptr + i * BLOCK_D + d, mask=inside),)
+        for i in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
+            dot += inputs[i].to(tl.float32) * weights[i].to(tl.float32)
+    else:
+        if PDL and WEIGHT_FIRST:
+            tl.extra.cuda.gdc_wait()
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        for start in range(0, H, BLOCK_H):
+            inside = start + h < H
+            x = tl.load(input_ptr + start + h, mask=inside, other=0.0).to(tl.float32)
+            dot += x * tl.load(weight_ptr + start + h, mask=inside, other=0.0).to(tl.float32)
+    logit = tl.sum(dot, axis=0)
+    if bias_ptr is not None:
+        logit += tl.load(bias_ptr).to(tl.float32)
+    if logit_ptr is not None:
+        tl.store(logit_ptr + row, logit.to(logit_ptr.dtype.element_ty))
+    if EAGER_ROUNDING:
+        logit = logit.to(input_ptr.dtype.element_ty).to(tl.float32)
+    gate = tl.sigmoid(logit)
+    if EAGER_ROUNDING:
+        gate = gate.to(input_ptr.dtype.element_ty).to(tl.float32)
+
+    if UNROLL:
+        for i in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+            out = gate * values[i].to(tl.float32)
+            if addend_ptr is not None:
+                if EAGER_ROUNDING:
+                    out = out.to(value_ptr.dtype.element_ty).to(tl.float32)
+                out += addends[i].to(tl.float32)
+            if (i + 1) * BLOCK_D <= D:
+                tl.store(out_ptr + i * BLOCK_D + d, out.to(out_ptr.dtype.element_ty))
+            else:
+                inside = i * BLOCK_D + d < D
+                tl.store(out_ptr + i * BLOCK_D + d, out.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        for start in range(0, D, BLOCK_D):
+            inside = start + d < D
+            out = gate * tl.load(value_ptr + start + d, mask=inside).to(tl.float32)
+            if addend_ptr is not None:
+                if EAGER_ROUNDING:
+                    out = out.to(value_ptr.dtype.element_ty).to(tl.float32)
+                out += tl.load(addend_ptr + start + d, mask=inside).to(tl.float32)
+            tl.store(out_ptr + start + d, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+UNROLL_LIMIT = 16384
+"""Widest row, in elements, that is kept in registers between the load and the product."""
+
+
+def _block(width: int, limit: int) -> int:
+    """The largest power of two that divides ``width``, if it is wide enough to load well; else the
+    power of two above it, masked."""
+    exact = width & -width
+    if exact >= min(512, width):
+        return min(exact, limit)
+    return min(triton.next_power_of_2(width), limit)
+
+
+@functools.lru_cache(maxsize=1024)
+def launch_config(h: int, d: int, itemsize: int, rows: int | None = None) -> LaunchConfig:
+    """Launch rule by input width ``h``, value width ``d`` (elements) and element size (bytes).
+
+    ``rows`` is the number of rows if it is known, else None.
+    """
+    block_h, block_d = _block(h, 4096), _block(d, 4096)
+    widest = max(block_h, block_d)
+    num_warps = max(1, min(16, widest * itemsize // (32 * 16)))
+    return LaunchConfig(block_h, block_d, num_warps)
+
+
+@functools.lru_cache(maxsize=None)
+def supports_pdl(device_index: int) -> bool:
+    """Whether the device (compute capability 9.0 or later) and this Triton know programmatic
+    dependent launch."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return False
+    if torch.cuda.get_device_capability(device_index) < (9, 0):
+        return False
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return "launch_pdl" in CUDAOptions.__dataclass_fields__ and hasattr(tl.extra.cuda, "gdc_wait")
+
+
+def launch(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    value: torch.Tensor,
+    addend: torch.Tensor | None,
+    out: torch.Tensor,
+    logit: torch.Tensor | None = None,
+    *,
+    eager_rounding: bool = False,
+    pdl: bool = False,
+    weight_first: bool = False,
+    config: LaunchConfig | None = None,
+) -> None:
+    """Launch the kernel on the current stream.
+
+    Shapes: input ``[N, H]``, weight ``[1, H]`` contiguous, bias ``[1]``, value, addend and out
+    ``[N, D]``, logit ``[N]``; the inner stride of each is 1, row strides are free. dtypes: float16,
+    bfloat16 or float32, which may differ. Writes ``out`` and, if given, ``logit``.
+    """
+    rows, h = input.shape
+    d = value.shape[1]
+    if rows == 0 or d == 0:
+        return
+    if config is None:
+        config = launch_config(h, d, max(input.element_size(), value.element_size()), rows)
+    options = {"launch_pdl": True} if pdl else {}
+    linear_sigmoid_mul_kernel[(rows,)](
+        input,
+        weight,
+        bias,
+        value,
+        addend,
+        out,
+        logit,
+        input.stride(0),
+        value.stride(0),
+        addend.stride(0) if addend is not None else 0,
+        out.stride(0),
+        H=h,
+        D=d,
+        BLOCK_H=config.block_h,
+        BLOCK_D=config.block_d,
+        UNROLL=max(h, d) <= UNROLL_LIMIT,
+        EAGER_ROUNDING=eager_rounding,
+        PDL=pdl,
+        WEIGHT_FIRST=weight_first,
+        num_warps=config.num_warps,
+        **options,
+    )

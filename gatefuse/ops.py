@@ -1,0 +1,365 @@
+"""The operator: schema, checks, fake, eager dispatch, autograd and an fp64 reference.
+
+``torch.ops.gatefuse.linear_sigmoid_mul(input, weight, bias, value, addend)`` is
+``sigmoid(input @ weight.T + bias) * value + addend`` with one logit per row. Products, sums and
+the sigmoid are computed in float32 and rounded once. On a CUDA, HIP or XPU device it is one Triton
+kernel, elsewhere plain ATen.
+
+``linear_sigmoid_mul_logit`` returns the logits as well; the fusion pass uses it where a graph needs
+them, as in training, where the backward reads them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["linear_sigmoid_mul", "linear_sigmoid_mul_reference"]
+
+_LIBRARY = torch.library.Library("gatefuse", "DEF")
+_LIBRARY.define(
+    "linear_sigmoid_mul(Tensor input, Tensor weight, Tensor? bias, Tensor value, Tensor? addend)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "linear_sigmoid_mul_logit(Tensor input, Tensor weight, Tensor? bias, Tensor value,"
+    " Tensor? addend, ScalarType logit_dtype) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _shape(t: Tensor) -> str:
+    return f"[{', '.join(map(str, t.shape))}]"
+
+
+def _check(
+    input: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, addend: Tensor | None
+) -> None:
+    named = {"input": input, "weight": weight, "bias": bias, "value": value, "addend": addend}
+    for name, t in named.items():
+        if t is None:
+            continue
+        if t.dtype not in _FLOAT_DTYPES:
+            raise TypeError(
+                f"gatefuse: {name} has dtype {t.dtype}; expected one of "
+                f"{', '.join(str(d) for d in _FLOAT_DTYPES)}"
+            )
+        if t.device != input.device:
+            raise ValueError(
+                f"gatefuse: {name} is on device {t.device}; expected {input.device}, where input is"
+            )
+    if input.dim() < 1:
+        raise ValueError("gatefuse: input is a scalar; expected shape [..., H]")
+    if value.dim() < 1:
+        raise ValueError("gatefuse: value is a scalar; expected shape [..., D]")
+    h = input.shape[-1]
+    if weight.dim() != 2 or weight.shape[0] != 1 or weight.shape[1] != h:
+        raise ValueError(
+            f"gatefuse: weight has shape {_shape(weight)}; expected [1, {h}], one row as wide as "
+            f"input {_shape(input)}"
+        )
+    if bias is not None and (bias.dim() > 1 or bias.numel() != 1):
+        raise ValueError(f"gatefuse: bias has shape {_shape(bias)}; expected [1]")
+    if math.prod(value.shape[:-1]) != math.prod(input.shape[:-1]):
+        raise ValueError(
+            f"gatefuse: value has shape {_shape(value)}; expected as many rows as input "
+            f"{_shape(input)}"
+        )
+    if addend is not None and (
+        addend.dim() != value.dim() or any(a != b for a, b in zip(addend.shape, value.shape))
+    ):
+        raise ValueError(
+            f"gatefuse: addend has shape {_shape(addend)}; expected {_shape(value)}, as value has"
+        )
+
+
+def _linear_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    dtype = torch.promote_types(input.dtype, weight.dtype)
+    return dtype if bias is None else torch.promote_types(dtype, bias.dtype)
+
+
+def result_dtype(
+    input: torch.dtype,
+    weight: torch.dtype,
+    bias: torch.dtype | None,
+    value: torch.dtype,
+    addend: torch.dtype | None,
+) -> torch.dtype:
+    """The dtype of the result: the promotion of all arguments' dtypes."""
+    dtypes = [d for d in (weight, bias, value, addend) if d is not None]
+    return functools.reduce(torch.promote_types, dtypes, input)
+
+
+def _compute(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    value: Tensor,
+    addend: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Result and logits, both in ``dtype``, in plain ATen."""
+    logit = torch.nn.functional.linear(
+        input.to(dtype), weight.to(dtype), None if bias is None else bias.reshape(1).to(dtype)
+    )
+    gate = torch.sigmoid(logit).reshape(*value.shape[:-1], 1)
+    out = gate * value.to(dtype)
+    return (out if addend is None else out + addend.to(dtype)), logit
+
+
+def _reference_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def _aten(
+    input: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, addend: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtypes = [t.dtype for t in (input, weight, bias, value, addend) if t is not None]
+    out, logit = _compute(input, weight, bias, value, addend, _reference_dtype(*dtypes))
+    return out.to(functools.reduce(torch.promote_types, dtypes)), logit
+
+
+def _as_rows(t: Tensor) -> Tensor | None:
+    """``t`` as ``[rows, width]`` with inner stride 1 without a copy, or None."""
+    if t.stride(-1) != 1 and t.shape[-1] != 1:
+        return None
+    if t.dim() == 2:
+        return t
+    if t.dim() == 1:
+        return t.unsqueeze(0)
+    # Leading dimensions must collapse to one row stride.
+    expected = None
+    for size, stride in zip(reversed(t.shape[:-1]), reversed(t.stride()[:-1])):
+        if size == 1:
+            continue
+        if expected is not None and stride != expected:
+            return None
+        expected = stride * size
+    return t.flatten(0, -2)
+
+
+def _row_ordered(t: Tensor) -> bool:
+    """Whether an elementwise result of ``t`` is contiguous by PyTorch's stride rule."""
+    if t.is_contiguous():
+        return True
+    strides = [s for n, s in zip(t.shape, t.stride()) if n != 1]
+    return all(a >= b > 0 for a, b in zip(strides, strides[1:]))
+
+
+def _triton(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    value: Tensor,
+    addend: Tensor | None,
+    logit_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The kernel's result (and logits ``[..., 1]``), or None where ATen has to serve."""
+    try:
+        from gatefuse import kernels
+    except ImportError:  # a device without Triton
+        return None
+    tensors = [t for t in (input, weight, bias, value, addend) if t is not None]
+    if not all(t.dtype in kernels.KERNEL_DTYPES for t in tensors):
+        return None
+    if not (_row_ordered(value) and (addend is None or _row_ordered(addend))):
+        return None
+    rows = _as_rows(input)
+    if rows is None:
+        rows = input.contiguous().flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
+        rows = rows.contiguous()
+    value_rows = _as_rows(value)
+    if value_rows is None:
+        value_rows = value.contiguous().flatten(0, -2)
+    addend_rows = None
+    if addend is not None:
+        addend_rows = _as_rows(addend)
+        if addend_rows is None:
+            addend_rows = addend.contiguous().flatten(0, -2)
+    out = torch.empty(
+        value.shape,
+        dtype=functools.reduce(torch.promote_types, [t.dtype for t in tensors]),
+        device=value.device,
+    )
+    logit = None
+    if logit_dtype is not None:
+        logit = torch.empty(*input.shape[:-1], 1, dtype=logit_dtype, device=value.device)
+    pdl = value.device.type == "cuda" and kernels.supports_pdl(value.device.index or 0)
+    with torch.get_device_module(value.device.type).device(value.device):
+        kernels.launch(
+            rows,
+            weight.contiguous(),
+            bias,
+            value_rows,
+            addend_rows,
+            out.view(value_rows.shape),
+            None if logit is None else logit.view(-1),
+            pdl=pdl,
+            # A parameter is not written by the kernel that runs just before this one.
+            weight_first=pdl and isinstance(weight, torch.nn.Parameter),
+        )
+    return out, logit
+
+
+def _impl(
+    input: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, addend: Tensor | None
+) -> Tensor:
+    _check(input, weight, bias, value, addend)
+    return _aten(input, weight, bias, value, addend)[0]
+
+
+def _impl_logit(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    value: Tensor,
+    addend: Tensor | None,
+    logit_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    _check(input, weight, bias, value, addend)
+    out, logit = _aten(input, weight, bias, value, addend)
+    return out, logit.to(logit_dtype)
+
+
+def _impl_triton(
+    input: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, addend: Tensor | None
+) -> Tensor:
+    _check(input, weight, bias, value, addend)
+    result = _triton(input, weight, bias, value, addend, None)
+    return _aten(input, weight, bias, value, addend)[0] if result is None else result[0]
+
+
+def _impl_logit_triton(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    value: Tensor,
+    addend: Tensor | None,
+    logit_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    _check(input, weight, bias, value, addend)
+    result = _triton(input, weight, bias, value, addend, logit_dtype)
+    if result is None:
+        out, logit = _aten(input, weight, bias, value, addend)
+        return out, logit.to(logit_dtype)
+    assert result[1] is not None
+    return result[0], result[1]
+
+
+for _key in ("CompositeExplicitAutograd", "CUDA", "XPU"):  # HIP devices dispatch as CUDA
+    _on_gpu = _key != "CompositeExplicitAutograd"
+    _LIBRARY.impl("linear_sigmoid_mul", _impl_triton if _on_gpu else _impl, _key)
+    _LIBRARY.impl("linear_sigmoid_mul_logit", _impl_logit_triton if _on_gpu else _impl_logit, _key)
+
+
+def _prepare_inductor() -> None:
+    # A graph that is traced for Inductor needs the op's lowering, whoever put the op there; without
+    # it the op would be an opaque call.
+    import sys
+
+    if "torch._inductor.lowering" in sys.modules:
+        from gatefuse import lowering
+
+        lowering.register()
+
+
+@torch.library.register_fake("gatefuse::linear_sigmoid_mul", lib=_LIBRARY)
+def _fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, addend: Tensor | None
+) -> Tensor:
+    _check(input, weight, bias, value, addend)
+    _prepare_inductor()
+    # Dtype and strides are those of the unfused product and sum.
+    dtype = _linear_dtype(input, weight, bias)
+    gate = torch.empty([*value.shape[:-1], 1], dtype=dtype, device=value.device)
+    out = gate * value
+    return out if addend is None else out + addend
+
+
+@torch.library.register_fake("gatefuse::linear_sigmoid_mul_logit", lib=_LIBRARY)
+def _fake_logit(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    value: Tensor,
+    addend: Tensor | None,
+    logit_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    out = _fake(input, weight, bias, value, addend)
+    return out, torch.empty([*input.shape[:-1], 1], dtype=logit_dtype, device=input.device)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    input, weight, bias, value, addend = inputs
+    ctx.save_for_backward(input, weight, bias, value)
+    ctx.addend_dtype = None if addend is None else addend.dtype
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    # With s = sigmoid(z): d out / d value = s, d out / d z = value * s * (1 - s).
+    input, weight, bias, value = ctx.saved_tensors
+    dtype = _reference_dtype(input.dtype, weight.dtype, value.dtype, grad.dtype)
+    g, v, x, w = (t.to(dtype) for t in (grad, value, input, weight))
+    z = torch.nn.functional.linear(x, w, None if bias is None else bias.reshape(1).to(dtype))
+    s = torch.sigmoid(z)
+    need_input, need_weight, need_bias, need_value, need_addend = ctx.needs_input_grad
+    grad_input = grad_weight = grad_bias = grad_value = None
+    if need_value:
+        grad_value = (s.reshape(*value.shape[:-1], 1) * g).to(value.dtype)
+    if need_input or need_weight or need_bias:
+        grad_z = (g * v).sum(-1, keepdim=True).reshape(z.shape) * s * (1 - s)
+        if need_input:
+            grad_input = (grad_z * w).to(input.dtype)
+        if need_weight:
+            grad_weight = (grad_z.reshape(1, -1) @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        if need_bias:
+            grad_bias = grad_z.sum().reshape(bias.shape).to(bias.dtype)
+    grad_addend = grad.to(ctx.addend_dtype) if need_addend else None
+    return grad_input, grad_weight, grad_bias, grad_value, grad_addend
+
+
+torch.library.register_autograd(
+    "gatefuse::linear_sigmoid_mul", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+
+
+def linear_sigmoid_mul(
+    input: Tensor,
+    weight: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """``sigmoid(linear(input, weight, bias)) * value + addend``, one gate per row.
+
+    input: ``[..., H]``; weight: ``[1, H]``; value: ``[..., D]`` with the leading dimensions of
+    input; bias: ``[1]`` or None; addend: shape of value, or None. dtypes: float16, bfloat16,
+    float32 or float64, which may differ. Returns a tensor of value's shape in the promoted dtype,
+    computed in float32 (float64 if any argument is) and rounded once. Differentiable.
+
+    Raises ValueError on a wrong shape or device and TypeError on a wrong dtype.
+    """
+    if value.shape[:-1] != input.shape[:-1]:
+        raise ValueError(
+            f"gatefuse: value has shape {_shape(value)}; expected the leading dimensions of input "
+            f"{_shape(input)}"
+        )
+    return torch.ops.gatefuse.linear_sigmoid_mul.default(input, weight, bias, value, addend)
+
+
+def linear_sigmoid_mul_reference(
+    input: Tensor,
+    weight: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """The same in float64 without any rounding in between: what a test compares with."""
+    _check(input, weight, bias, value, addend)
+    return _compute(input, weight, bias, value, addend, torch.float64)[0]

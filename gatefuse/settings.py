@@ -1,0 +1,92 @@
+"""The options of a compilation with gatefuse, and the environment variables that set them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+__all__ = ["Options", "Placement", "disabled_by_environment", "dump_directory", "resolve"]
+
+Placement = Literal["auto", "inline", "kernel"]
+
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How gatefuse compiles a graph. Part of Inductor's cache key.
+
+    placement: what a fused site becomes. ``"inline"``: Inductor IR, which fuses with its
+        neighbours; ``"kernel"``: a direct launch of the Triton kernel (GPU only; on the CPU it
+        falls back to inline); ``"auto"``: whichever the neighbours of the site call for.
+    eager_rounding: round logit, gate and product to the working dtype, as unfused eager PyTorch
+        does, instead of once at the end. ``torch._inductor.config.emulate_precision_casts`` turns
+        it on as well.
+    expect: raise :class:`gatefuse.FusionError` where a forward or inference graph compiled with
+        these options has fewer fused sites than this. 0 expects nothing. In
+        :func:`gatefuse.fusing` it counts over all graphs compiled in the block instead.
+    """
+
+    placement: Placement = "auto"
+    eager_rounding: bool = False
+    expect: int = 0
+
+    def __post_init__(self) -> None:
+        if self.placement not in get_args(Placement):
+            raise ValueError(
+                f"gatefuse: placement must be one of {', '.join(map(repr, get_args(Placement)))}, "
+                f"got {self.placement!r}"
+            )
+        if not isinstance(self.eager_rounding, bool):
+            raise TypeError(
+                f"gatefuse: eager_rounding must be a bool, got {type(self.eager_rounding).__name__}"
+            )
+        if not isinstance(self.expect, int) or isinstance(self.expect, bool) or self.expect < 0:
+            raise ValueError(
+                f"gatefuse: expect must be a number of sites (0 or more), got {self.expect!r}"
+            )
+
+
+def _flag(name: str, text: str) -> bool:
+    if text.strip().lower() in _TRUE:
+        return True
+    if text.strip().lower() in _FALSE:
+        return False
+    raise ValueError(f"gatefuse: {name} must be 1 or 0, got {text!r}")
+
+
+def _from_environment() -> Options:
+    kwargs: dict[str, Any] = {}
+    if text := os.environ.get("GATEFUSE_PLACEMENT"):
+        kwargs["placement"] = text.strip().lower()
+    if (text := os.environ.get("GATEFUSE_EAGER_ROUNDING")) is not None:
+        kwargs["eager_rounding"] = _flag("GATEFUSE_EAGER_ROUNDING", text)
+    if text := os.environ.get("GATEFUSE_EXPECT"):
+        try:
+            kwargs["expect"] = int(text)
+        except ValueError:
+            raise ValueError(f"gatefuse: GATEFUSE_EXPECT must be a number, got {text!r}") from None
+    return Options(**kwargs)
+
+
+def resolve(overrides: Mapping[str, Any]) -> Options:
+    """Options from the environment, replaced by ``overrides``; TypeError on an unknown name."""
+    known = [f.name for f in fields(Options)]
+    for name in overrides:
+        if name not in known:
+            raise TypeError(
+                f"gatefuse: unknown option {name!r}; the options are {', '.join(known)}"
+            )
+    return replace(_from_environment(), **overrides)
+
+
+def disabled_by_environment() -> bool:
+    """Whether ``GATEFUSE_DISABLE`` turns every fusion off."""
+    return _flag("GATEFUSE_DISABLE", os.environ.get("GATEFUSE_DISABLE", ""))
+
+
+def dump_directory() -> str | None:
+    """The directory that ``GATEFUSE_DUMP`` names, or None."""
+    return os.environ.get("GATEFUSE_DUMP") or None
