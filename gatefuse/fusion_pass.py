@@ -100,12 +100,14 @@ class GateFusionPass(CustomGraphPass):
             try:
                 new = _Rewriter(graph, site, replaced, self.options, key).rewrite()
             except Exception as e:
-                log.warning("gatefuse: a site is left as it is", exc_info=True)
+                if isinstance(e, _DifferentResult):
+                    reason = str(e)
+                else:
+                    log.warning("gatefuse: a site is left as it is", exc_info=True)
+                    reason = f"could not be rewritten: {type(e).__name__}: {e}"
                 entry.rejections.append(
                     report.RejectionReport(
-                        site.sigmoid.name,
-                        report.location_of(site.sigmoid),
-                        f"could not be rewritten: {type(e).__name__}: {e}",
+                        site.sigmoid.name, report.location_of(site.sigmoid), reason
                     )
                 )
                 continue
@@ -306,14 +308,23 @@ class _Rewriter:
         return op, result, logit
 
 
+class _DifferentResult(Exception):
+    """The op's result cannot be shown to look like what it would replace."""
+
+
 def _check_same(new: torch.Tensor, old: torch.Tensor) -> None:
     """Raise unless dtype, shape and (where a size is not 1) strides of the two are equal."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
-    if new.dtype != old.dtype or new.dim() != old.dim():
-        raise ValueError(f"the op would return {new.dtype}, {new.dim()}-D, not {old.dtype}")
-    for size, other, stride, wanted in zip(new.shape, old.shape, new.stride(), old.stride()):
-        if not known(size == other):
-            raise ValueError(f"the op would return shape {new.shape}, not {old.shape}")
-        if not known(size == 1) and not known(stride == wanted):
-            raise ValueError(f"the op would return strides {new.stride()}, not {old.stride()}")
+    if new.dtype != old.dtype:
+        raise _DifferentResult(f"the op would return {new.dtype}, not {old.dtype}")
+    same_shape = new.dim() == old.dim() and all(known(a == b) for a, b in zip(new.shape, old.shape))
+    if not same_shape:
+        raise _DifferentResult(
+            f"shape {tuple(new.shape)} of the op's result cannot be shown to be {tuple(old.shape)}"
+        )
+    for size, a, b in zip(new.shape, new.stride(), old.stride()):
+        if not known(size == 1) and not known(a == b):
+            raise _DifferentResult(
+                f"strides {new.stride()} of the op's result cannot be shown to be {old.stride()}"
+            )

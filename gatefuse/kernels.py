@@ -148,24 +148,30 @@ UNROLL_LIMIT = 16384
 """Widest row, in elements, that is kept in registers between the load and the product."""
 
 
-def _block(width: int, limit: int) -> int:
-    """The largest power of two that divides ``width``, if it is wide enough to load well; else the
-    power of two above it, masked."""
-    exact = width & -width
-    if exact >= min(512, width):
-        return min(exact, limit)
-    return min(triton.next_power_of_2(width), limit)
+def _block(width: int) -> int:
+    """Elements per load. Chunks of 1024 or 512 that divide the row beat one padded load, unless
+    little is padded: 3584 of 4096 is faster padded, 2560 of 4096 is not."""
+    padded = triton.next_power_of_2(width)
+    if width % 1024 == 0:
+        return 1024
+    if width % 512 == 0 and 5 * width < 4 * padded:
+        return 512
+    return min(padded, 4096)
 
 
 @functools.lru_cache(maxsize=1024)
-def launch_config(h: int, d: int, itemsize: int, rows: int | None = None) -> LaunchConfig:
-    """Launch rule by input width ``h``, value width ``d`` (elements) and element size (bytes).
+def launch_config(h: int, d: int) -> LaunchConfig:
+    """Launch rule by input width ``h`` and value width ``d``, in elements.
 
-    ``rows`` is the number of rows if it is known, else None.
+    Measured on an H200 in bfloat16 for widths from 2048 to 7168 and 1 to 16384 rows, with and
+    without addend: the rule is within 3 % of the best of 8 to 14 configurations at each width up to
+    5120, and within 5 % at 7168. The number of rows does not change the ranking.
     """
-    block_h, block_d = _block(h, 4096), _block(d, 4096)
-    widest = max(block_h, block_d)
-    num_warps = max(1, min(16, widest * itemsize // (32 * 16)))
+    block_h, block_d = _block(h), _block(d)
+    widest = max(h, d)
+    num_warps = 16 if widest > 5120 else 8
+    # A thread should have at least four elements of a load.
+    num_warps = max(1, min(num_warps, max(block_h, block_d) // 128))
     return LaunchConfig(block_h, block_d, num_warps)
 
 
@@ -207,7 +213,7 @@ def launch(
     if rows == 0 or d == 0:
         return
     if config is None:
-        config = launch_config(h, d, max(input.element_size(), value.element_size()), rows)
+        config = launch_config(h, d)
     options = {"launch_pdl": True} if pdl else {}
     linear_sigmoid_mul_kernel[(rows,)](
         input,

@@ -227,6 +227,7 @@ def _lower_inline(
 ) -> tuple[Any, Any]:
     f32 = torch.float32
     out_dtype = _result_dtype(input, weight, bias, value, addend)
+    linear_dtype = _result_dtype(input, weight, bias)
     mul, add = lowerings[aten.mul.Tensor], lowerings[aten.add.Tensor]
     row = lowerings[aten.squeeze.dim](weight, 0)
     product = mul(lower_to_dtype(input, f32), lower_to_dtype(row, f32))
@@ -235,10 +236,10 @@ def _lower_inline(
         logit = add(logit, lower_to_dtype(lowerings[aten.reshape.default](bias, [1]), f32))
     kept = None if logit_dtype is None else lower_to_dtype(logit, logit_dtype)
     if rounding:
-        logit = _round_to(logit, meta.get("logit_dtype", _result_dtype(input, weight, bias, input, None)))
+        logit = _round_to(logit, meta.get("logit_dtype", linear_dtype))
     gate = lowerings[aten.sigmoid.default](logit)
     if rounding:
-        gate = _round_to(gate, meta.get("gate_dtype", _result_dtype(input, weight, bias, input, None)))
+        gate = _round_to(gate, meta.get("gate_dtype", linear_dtype))
     lead = list(value.get_size()[:-1])
     if list(gate.get_size()[:-1]) != lead:
         gate = lowerings[aten.reshape.default](gate, [*lead, 1])
@@ -282,8 +283,7 @@ def _lower_kernel(
     if logit_dtype is not None:
         logit = _empty([*input.get_size()[:-1], sympy.Integer(1)], logit_dtype, device)
 
-    itemsize = max(input.get_dtype().itemsize, value.get_dtype().itemsize)
-    launch = kernels.launch_config(h, d, itemsize)
+    launch = kernels.launch_config(h, d)
     tensors = {
         "input_ptr": input_rows,
         "weight_ptr": weight,

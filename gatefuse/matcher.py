@@ -289,9 +289,7 @@ def _match_linear(node: Node) -> _Linear:
     if target is aten.mv.default:
         x, w = args
         assert isinstance(x, Node) and isinstance(w, Node)
-        return _Linear(
-            _wide_source(x), _weight_source(w, _tensor(x, "the input").shape[-1]), None
-        )
+        return _Linear(_wide_source(x), _weight_source(w, _tensor(x, "the input").shape[-1]), None)
     if target is aten.bmm.default:
         x, w = args
         assert isinstance(x, Node) and isinstance(w, Node)
@@ -541,7 +539,9 @@ def _match_site(sigmoid: Node, order: _Order) -> Site:
 
     inside = set(chain)
     consumers = {mul}
-    keeps_logit = any(user not in inside and user not in consumers for n in chain for user in n.users)
+    keeps_logit = any(
+        user not in inside and user not in consumers for n in chain for user in n.users
+    )
     if keeps_logit:
         # The op takes the place of the logit for its other users too, so none of its operands may
         # depend on it.
@@ -582,14 +582,13 @@ def logit_shape_op(logit: Node, input: Node) -> tuple[Callable[..., Any], tuple[
     return None
 
 
-
 def site_dtype(site: Site) -> torch.dtype:
     """The dtype in which the op would return the site's result."""
     dtypes = [
         None if n is None else _tensor(n, "an operand").dtype
         for n in (site.input, site.weight, site.bias, site.value, site.addend)
     ]
-    return result_dtype(*dtypes)  # type: ignore[arg-type]
+    return result_dtype(*dtypes)
 
 
 def find_sites(graph: Graph) -> tuple[list[Site], list[Rejection]]:

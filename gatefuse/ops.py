@@ -79,21 +79,14 @@ def _check(
         )
 
 
-def _linear_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    dtype = torch.promote_types(input.dtype, weight.dtype)
-    return dtype if bias is None else torch.promote_types(dtype, bias.dtype)
+def result_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
+    """The promotion of the operands' dtypes (None for an absent operand): the dtype of the result,
+    or, given input, weight and bias alone, that of the linear."""
+    return functools.reduce(torch.promote_types, [d for d in dtypes if d is not None])
 
 
-def result_dtype(
-    input: torch.dtype,
-    weight: torch.dtype,
-    bias: torch.dtype | None,
-    value: torch.dtype,
-    addend: torch.dtype | None,
-) -> torch.dtype:
-    """The dtype of the result: the promotion of all arguments' dtypes."""
-    dtypes = [d for d in (weight, bias, value, addend) if d is not None]
-    return functools.reduce(torch.promote_types, dtypes, input)
+def _dtypes(*tensors: Tensor | None) -> list[torch.dtype]:
+    return [t.dtype for t in tensors if t is not None]
 
 
 def _compute(
@@ -113,35 +106,20 @@ def _compute(
     return (out if addend is None else out + addend.to(dtype)), logit
 
 
-def _reference_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
-
-
 def _aten(
     input: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, addend: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    dtypes = [t.dtype for t in (input, weight, bias, value, addend) if t is not None]
-    out, logit = _compute(input, weight, bias, value, addend, _reference_dtype(*dtypes))
-    return out.to(functools.reduce(torch.promote_types, dtypes)), logit
+    dtypes = _dtypes(input, weight, bias, value, addend)
+    out, logit = _compute(input, weight, bias, value, addend, result_dtype(torch.float32, *dtypes))
+    return out.to(result_dtype(*dtypes)), logit
 
 
-def _as_rows(t: Tensor) -> Tensor | None:
-    """``t`` as ``[rows, width]`` with inner stride 1 without a copy, or None."""
-    if t.stride(-1) != 1 and t.shape[-1] != 1:
-        return None
-    if t.dim() == 2:
-        return t
-    if t.dim() == 1:
-        return t.unsqueeze(0)
-    # Leading dimensions must collapse to one row stride.
-    expected = None
-    for size, stride in zip(reversed(t.shape[:-1]), reversed(t.stride()[:-1])):
-        if size == 1:
-            continue
-        if expected is not None and stride != expected:
-            return None
-        expected = stride * size
-    return t.flatten(0, -2)
+def _as_rows(t: Tensor) -> Tensor:
+    """``t`` as ``[rows, width]`` with inner stride 1: a view where there is one, else a copy."""
+    rows = (
+        t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty(t.shape[:-1].numel(), t.shape[-1])
+    )
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def _row_ordered(t: Tensor) -> bool:
@@ -165,28 +143,14 @@ def _triton(
         from gatefuse import kernels
     except ImportError:  # a device without Triton
         return None
-    tensors = [t for t in (input, weight, bias, value, addend) if t is not None]
-    if not all(t.dtype in kernels.KERNEL_DTYPES for t in tensors):
+    dtypes = _dtypes(input, weight, bias, value, addend)
+    if not kernels.KERNEL_DTYPES.issuperset(dtypes):
         return None
     if not (_row_ordered(value) and (addend is None or _row_ordered(addend))):
         return None
-    rows = _as_rows(input)
-    if rows is None:
-        rows = input.contiguous().flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
-        rows = rows.contiguous()
-    value_rows = _as_rows(value)
-    if value_rows is None:
-        value_rows = value.contiguous().flatten(0, -2)
-    addend_rows = None
-    if addend is not None:
-        addend_rows = _as_rows(addend)
-        if addend_rows is None:
-            addend_rows = addend.contiguous().flatten(0, -2)
-    out = torch.empty(
-        value.shape,
-        dtype=functools.reduce(torch.promote_types, [t.dtype for t in tensors]),
-        device=value.device,
-    )
+    rows, value_rows = _as_rows(input), _as_rows(value)
+    addend_rows = None if addend is None else _as_rows(addend)
+    out = torch.empty(value.shape, dtype=result_dtype(*dtypes), device=value.device)
     logit = None
     if logit_dtype is not None:
         logit = torch.empty(*input.shape[:-1], 1, dtype=logit_dtype, device=value.device)
@@ -276,7 +240,7 @@ def _fake(
     _check(input, weight, bias, value, addend)
     _prepare_inductor()
     # Dtype and strides are those of the unfused product and sum.
-    dtype = _linear_dtype(input, weight, bias)
+    dtype = result_dtype(*_dtypes(input, weight, bias))
     gate = torch.empty([*value.shape[:-1], 1], dtype=dtype, device=value.device)
     out = gate * value
     return out if addend is None else out + addend
@@ -304,7 +268,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     # With s = sigmoid(z): d out / d value = s, d out / d z = value * s * (1 - s).
     input, weight, bias, value = ctx.saved_tensors
-    dtype = _reference_dtype(input.dtype, weight.dtype, value.dtype, grad.dtype)
+    dtype = result_dtype(torch.float32, *_dtypes(input, weight, value, grad))
     g, v, x, w = (t.to(dtype) for t in (grad, value, input, weight))
     z = torch.nn.functional.linear(x, w, None if bias is None else bias.reshape(1).to(dtype))
     s = torch.sigmoid(z)

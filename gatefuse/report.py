@@ -71,7 +71,7 @@ class RejectionReport:
 class GraphReport:
     """One compiled graph.
 
-    phase: ``"inference"``, ``"forward"``, ``"backward"``, or ``"unknown"`` for a graph from a cache.
+    phase: ``"inference"``, ``"forward"``, ``"backward"``; ``"unknown"`` for a graph from a cache.
     before, after: readable code of the graph around the pass, where something was fused.
     """
 
@@ -211,6 +211,8 @@ class _Recorder:
         """Turn fused sites that were counted, but not reported by the pass, into a graph."""
         now = _counted()
         missing = now["fused"] - self.counted["fused"]
+        if missing < 0:  # the counters were cleared meanwhile
+            missing = now["fused"]
         if missing > 0:
             name = f"graph_{len(self.report.graphs)}"
             self.report.graphs.append(GraphReport(name, "unknown", from_cache=True, fused=missing))
@@ -275,7 +277,8 @@ def record() -> Iterator[Report]:
     try:
         yield recorder.report
     finally:
-        callback_handler.remove_end_callback(compiled)
+        with contextlib.suppress(ValueError):  # torch._dynamo.reset() drops every callback
+            callback_handler.remove_end_callback(compiled)
         with _lock:
             _open.remove(recorder)
             recorder.absorb_cached()
