@@ -12,7 +12,7 @@ from torch._inductor import config
 
 from gatefuse import compat, report
 from gatefuse.fusion_pass import GateFusionPass
-from gatefuse.settings import Options, disabled_by_environment, resolve
+from gatefuse.settings import disabled_by_environment, resolve
 
 __all__ = ["disable", "enable", "explain", "fusing", "gatefuse_backend", "options"]
 
@@ -47,6 +47,9 @@ def options(
         existing = result.get(HOOK, getattr(config, HOOK))
         result[HOOK] = compat.append_pass(existing, GateFusionPass(opts))
     return result
+
+
+_options = options  # a backend has a parameter of this name
 
 
 def enable(**gatefuse_options: Any) -> None:
@@ -113,7 +116,8 @@ def gatefuse_backend(
         else:
             inductor[key] = value
     patches = {**list_mode_options(mode or "default"), **inductor}
-    return compile_fx(gm, example_inputs, config_patches=globals()["options"](patches, **own))
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=_options(patches, **own))
+    return compiled
 
 
 def _reset() -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import gatefuse
+from gatefuse import compat, settings
 
 __all__ = ["MODELS", "DemoError", "DemoResult", "run_demo"]
 
@@ -280,6 +281,10 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
     rejections = [rejection for graph in report.graphs for rejection in graph.rejections]
     if report.fused != gates:
         problems.insert(0, f"{report.fused} of {gates} gates were fused")
+        if settings.disabled_by_environment():
+            problems.append("GATEFUSE_DISABLE is set")
+        if (reason := compat.unsupported_reason()) is not None:
+            problems.append(reason)
         problems += [f"{r.node} was left alone: {r.reason}" for r in rejections]
     if op_nodes != report.fused:
         problems.append(f"{report.fused} sites, but {op_nodes} op nodes in the graph")
@@ -333,6 +338,17 @@ def _time(name: str, device: torch.device, say: Callable[[str], None]) -> list[T
     return timings
 
 
+def _missing_to_compile(error: BaseException) -> str | None:
+    """What the machine lacks if Inductor could not compile its C++, or None."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    if isinstance(error, InvalidCxxCompiler):
+        return "PyTorch finds no C++ compiler; install g++ or clang++, or name one in CXX"
+    if isinstance(error, CppCompileError) and "Python.h" in str(error):
+        return "the C++ compiler finds no Python.h; install Python's headers (python3-dev)"
+    return None
+
+
 def run_demo(
     device: str | torch.device | None = None,
     *,
@@ -346,14 +362,18 @@ def run_demo(
     device: by default the GPU if there is one. dtype: of the compared models. measure: also time
     wider bfloat16 models, on a GPU only. say: called with a line on what is going on.
 
-    Raises DemoError where transformers or the device is missing or a model's graph breaks.
+    Raises DemoError where transformers, the device or a C++ compiler is missing, or a model's graph
+    breaks.
     """
     _require_transformers()
     import transformers
 
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise DemoError(f"{device!r} is not a device: cpu, cuda, cuda:1, xpu") from error
     if device.type != "cpu" and not torch.get_device_module(device.type).is_available():
         raise DemoError(f"device {device} is not available in this PyTorch ({torch.__version__})")
 
@@ -368,6 +388,10 @@ def run_demo(
             except torch._dynamo.exc.Unsupported as error:
                 reason = str(error).strip().splitlines()[0]
                 raise DemoError(f"{name} does not compile to one graph here: {reason}") from error
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                if (missing := _missing_to_compile(error.inner_exception)) is None:
+                    raise
+                raise DemoError(missing) from error
             results.append(result)
     torch.compiler.reset()
     label = str(device)
@@ -442,7 +466,8 @@ def _format(result: DemoResult) -> str:
             for m in result.models
         ],
     )
-    lines += ["", "where the gates are"]
+    if any(m.locations for m in result.models):
+        lines += ["", "where the gates are"]
     for m in result.models:
         lines += [f"  {m.model}: {n} x {where}" for where, n in sorted(m.locations.items())]
     if any(m.timings for m in result.models):

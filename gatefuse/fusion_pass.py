@@ -52,8 +52,8 @@ class GateFusionPass(CustomGraphPass):
     Picklable, holds no graph and no module; equal to another pass with the same options.
     """
 
-    def __init__(self, options: Options = Options()) -> None:
-        self.options = options
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = Options() if options is None else options
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GateFusionPass) and other.options == self.options
@@ -246,7 +246,7 @@ class _Rewriter:
         """A new node with shape metadata, attributed to the source line of the site."""
         node = self.graph.call_function(target, args)
         self.new.append(node)
-        for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten"):
+        for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if name in self.site.anchor.meta:
                 node.meta[name] = self.site.anchor.meta[name]
         mode = getattr(self.site.anchor.meta["val"], "fake_mode", None)

@@ -8,6 +8,7 @@ Importing this module imports Triton; :mod:`gatefuse.ops` and :mod:`gatefuse.low
 when a kernel is about to be launched.
 """
 
+# mypy: disable-error-code="no-untyped-def, assignment, unreachable"
 from __future__ import annotations
 
 import functools
@@ -175,7 +176,7 @@ def launch_config(h: int, d: int) -> LaunchConfig:
     return LaunchConfig(block_h, block_d, num_warps)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def supports_pdl(device_index: int) -> bool:
     """Whether the device (compute capability 9.0 or later) and this Triton know programmatic
     dependent launch."""

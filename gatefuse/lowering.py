@@ -136,13 +136,8 @@ def _made_by_inductor(operand: Any) -> bool:
     while True:
         if isinstance(data, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
             data = data.data
-        elif isinstance(data, ir.ReinterpretView):
-            data = data.data
         else:
-            break
-    if isinstance(data, ir.Loops):
-        return True
-    return isinstance(data, ir.ComputedBuffer)
+            return isinstance(data, (ir.Loops, ir.ComputedBuffer))
 
 
 _NO_COMPUTATION = {
@@ -185,15 +180,20 @@ def _fusible_user(node: Node) -> Node | None:
             continue  # higher-order operators
         if target in _NO_COMPUTATION:
             stack.extend(user.users)
-        elif target in _EXTERN or target in fallbacks or target not in lowerings:
-            continue
-        elif target.namespace in ("_c10d_functional", "gatefuse"):
-            continue
-        elif target is aten.copy_.default:
-            continue  # to an input of the graph
-        else:
+        elif not _is_opaque(target):
             return user
     return None
+
+
+def _is_opaque(target: torch._ops.OpOverload) -> bool:
+    """Whether Inductor calls this operator instead of generating code for it."""
+    return (
+        target in _EXTERN
+        or target in fallbacks
+        or target not in lowerings
+        or target.namespace in ("_c10d_functional", "gatefuse")
+        or target is aten.copy_.default  # to an input of the graph
+    )
 
 
 def _round_to(x: Any, dtype: torch.dtype) -> Any:
@@ -261,7 +261,7 @@ def _lower_kernel(
     rounding: bool,
     meta: dict[str, Any],
 ) -> tuple[Any, Any]:
-    import sympy
+    import sympy  # type: ignore[import-untyped]
     import triton
     from torch._higher_order_ops.triton_kernel_wrap import (
         kernel_side_table,
@@ -294,7 +294,7 @@ def _lower_kernel(
         "logit_ptr": logit,
     }
     kwargs = {name: t for name, t in tensors.items() if t is not None}
-    constants = {name: None for name, t in tensors.items() if t is None}
+    constants: dict[str, Any] = {name: None for name, t in tensors.items() if t is None}
     constants |= {
         "input_stride": input_stride,
         "value_stride": value_stride,
@@ -329,23 +329,29 @@ def _empty(size: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any
     return out
 
 
-def _rows_of(operand: Any) -> tuple[Any, int]:
+def _rows_of(operand: Any) -> tuple[Any, Any]:
     """The operand in memory with inner stride 1 and rows evenly apart, and the row stride."""
     operand = ir.ExternKernel.realize_input(operand)
     operand.freeze_layout()
-    size, stride = operand.get_size(), operand.get_layout().stride
-    known = V.graph.sizevars.statically_known_equals
-    even = known(stride[-1], 1)
-    expected = None
-    for n, s in zip(reversed(size[:-1]), reversed(stride[:-1])):
-        if known(n, 1):
-            continue
-        even = even and (expected is None or known(s, expected))
-        row_stride = s if expected is None else row_stride
-        expected = s * n
-    if not even:
+    row_stride = _row_stride(operand.get_size(), operand.get_layout().stride)
+    if row_stride is None:
         operand = ir.ExternKernel.require_contiguous(operand)
-        row_stride = size[-1]
-    elif expected is None:
-        row_stride = size[-1]
-    return ir.TensorBox(operand) if not isinstance(operand, ir.TensorBox) else operand, row_stride
+        row_stride = operand.get_size()[-1]
+    return operand if isinstance(operand, ir.TensorBox) else ir.TensorBox(operand), row_stride
+
+
+def _row_stride(size: Sequence[Any], stride: Sequence[Any]) -> Any | None:
+    """The one stride that leads from row to row, or None if there is none."""
+    equal = V.graph.sizevars.statically_known_equals
+    if not equal(stride[-1], 1):
+        return None
+    row_stride = expected = None
+    for n, s in zip(reversed(size[:-1]), reversed(stride[:-1])):
+        if equal(n, 1):
+            continue
+        if row_stride is None:
+            row_stride = s
+        elif not equal(s, expected):
+            return None
+        expected = s * n
+    return size[-1] if row_stride is None else row_stride

@@ -113,13 +113,13 @@ def _moves_only_ones(node: Node) -> bool:
     source = _val(node.args[0])
     if source is None:
         return False
+    dims: Any = node.args[1:]
+    order = list(range(source.dim()))
     if node.target is aten.permute.default:
-        order = [d % source.dim() for d in node.args[1]]  # type: ignore[union-attr]
-    else:
-        order = list(range(source.dim()))
-        a, b = (node.args[1], node.args[2]) if node.target is aten.transpose.int else (0, 1)
-        if source.dim() == 2 or node.target is aten.transpose.int:
-            order[a], order[b] = order[b], order[a]  # type: ignore[index]
+        order = [d % source.dim() for d in dims[0]]
+    elif source.dim() >= 2:
+        a, b = dims if node.target is aten.transpose.int else (0, 1)
+        order[a], order[b] = order[b], order[a]
     kept = [d for d in order if not _known(source.shape[d] == 1)]
     return kept == sorted(kept)
 
@@ -160,7 +160,7 @@ def _is_neutral(node: Node) -> bool:
     return (
         node.op == "call_function"
         and node.target is aten.mul.Tensor
-        and not isinstance(node.args[1], Node)
+        and isinstance(node.args[1], (int, float))
         and node.args[1] == 1
     )
 
@@ -202,24 +202,21 @@ def _row_source(node: Node, width: Any) -> Node | None:
 
 
 def _weight_source(node: Node, width: Any) -> Node:
-    """The parameter behind a weight operand, as far up as it stays a row of ``width`` elements."""
-    best = node
-    current = node
-    while True:
+    """The parameter behind a weight operand: as far up as it is ``[1, width]`` or ``[width]``.
+
+    All dimensions but one have size 1, so no transpose on the way can reorder the elements.
+    """
+    best = current = node
+    while (
+        (current.op == "call_function"
+        and (current.target in _TRANSPOSES or _is_shape_op(current)))
+        or (_is_float_conversion(current) and _widens(current))
+    ):
+        current = _source(current)
         val = _val(current)
-        if val is not None and val.dim() == 2 and _known(val.shape[1] == width):
+        if val is not None and val.dim() in (1, 2) and _known(val.shape[-1] == width):
             best = current
-        elif val is not None and _val(best) is not None and val.dim() == 1:
-            best = current
-        # All dimensions but one are 1, so no transpose can reorder the elements.
-        if current.op == "call_function" and (
-            current.target in _TRANSPOSES
-            or _is_shape_op(current)
-            or (_is_float_conversion(current) and _widens(current))
-        ):
-            current = _source(current)
-        else:
-            return best
+    return best
 
 
 @dataclass(frozen=True)
@@ -238,9 +235,9 @@ def _linear_of_mm(x: Node, w: Node, bias: Node | None) -> _Linear:
 
 
 def _match_sum(node: Node) -> _Linear:
-    """``sum(input * weight)`` over the width, as coordinate descent and handwritten code have it."""
-    product, dims = node.args[0], node.args[1] if len(node.args) > 1 else None
-    assert isinstance(product, Node)
+    """``sum(input * weight)`` over the width: coordinate descent and handwritten code."""
+    product: Any = node.args[0]
+    dims: Any = node.args[1] if len(node.args) > 1 else None
     while _is_float_conversion(product) and _widens(product):
         product = _source(product)
     if product.op != "call_function" or product.target is not aten.mul.Tensor:
@@ -248,7 +245,7 @@ def _match_sum(node: Node) -> _Linear:
     pv = _tensor(product, "the product")
     if not isinstance(dims, (list, tuple)) or len(dims) != 1:
         raise _Reject("the logit is a sum over more than one dimension")
-    dim = dims[0] % pv.dim()  # type: ignore[operator]
+    dim: int = dims[0] % pv.dim()
     if not all(_known(s == 1) for s in pv.shape[dim + 1 :]):
         raise _Reject("the logit is a sum over a dimension that is not the last")
     width = pv.shape[dim]
@@ -271,7 +268,7 @@ def _match_sum(node: Node) -> _Linear:
 
 
 def _match_linear(node: Node) -> _Linear:
-    """The linear that ``node`` is, without a bias added afterwards; raises _Reject if it is none."""
+    """The linear that ``node`` is, without a bias added afterwards, or _Reject."""
     target, args = node.target, node.args
     if node.op != "call_function":
         raise _Reject("the logit is an input of the graph")
@@ -351,31 +348,31 @@ def _match_biased(add: Node, chain: list[Node]) -> tuple[Node, list[Node], _Line
     raise _Reject(problem)
 
 
-def _match_mul(sigmoid: Node) -> tuple[list[Node], Node, Node]:
-    """Nodes between sigmoid and multiply, the multiply, and the other factor."""
+def _match_muls(sigmoid: Node) -> tuple[list[tuple[tuple[Node, ...], Node, Node]], str]:
+    """All multiplies with one gate per row, each with the nodes between sigmoid and multiply and
+    the other factor; and, if there are none, why."""
+    found = []
     reason = "the gate is not multiplied with anything"
-    stack: list[tuple[Node, tuple[Node, ...]]] = [(sigmoid, ())]
-    while stack:
-        node, path = stack.pop()
+    queue: list[tuple[Node, tuple[Node, ...]]] = [(sigmoid, ())]
+    for node, path in queue:
         gate = _tensor(node, "the gate")
         for user in node.users:
-            if user.op == "call_function" and user.target is aten.mul.Tensor:
+            if _is_neutral(user) or _broadcasts_last(user):
+                queue.append((user, (*path, user)))
+            elif user.op == "call_function" and user.target is aten.mul.Tensor:
                 a, b = user.args
                 other = b if a is node else a
                 if not isinstance(other, Node) or other is node or _val(other) is None:
-                    if not _is_neutral(user):
-                        reason = "the gate is multiplied by a constant or by itself"
-                        continue
-                else:
-                    value, out = _tensor(other, "the value"), _tensor(user, "the product")
-                    problem = _broadcast_problem(gate.shape, value.shape, out.shape)
-                    if problem is None:
-                        return list(path), user, other
-                    reason = problem
+                    reason = "the gate is multiplied by a constant or by itself"
                     continue
-            if _is_neutral(user) or _broadcasts_last(user):
-                stack.append((user, (*path, user)))
-    raise _Reject(reason)
+                problem = _broadcast_problem(
+                    gate.shape, _tensor(other, "the value").shape, _tensor(user, "product").shape
+                )
+                if problem is None:
+                    found.append((path, user, other))
+                else:
+                    reason = problem
+    return found, reason
 
 
 def _broadcasts_last(node: Node) -> bool:
@@ -409,7 +406,7 @@ def _broadcast_problem(gate: Any, value: Any, out: Any) -> str | None:
 
 def _match_addend(mul: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
     """``add(addend, mul)``, perhaps through a reshape: (add, addend, reshapes), or None."""
-    node, views = mul, []
+    node, views = mul, list[Node]()
     width = _tensor(mul, "the product").shape[-1]
     while len(node.users) == 1:
         user = next(iter(node.users))
@@ -513,8 +510,24 @@ def _check_dtypes(nodes: dict[str, Node | None]) -> None:
 
 def _match_site(sigmoid: Node, order: _Order) -> Site:
     logit, upper, linear = _match_logit(sigmoid)
-    lower, mul, value = _match_mul(sigmoid)
-    chain = (*upper, *lower)
+    products, reason = _match_muls(sigmoid)
+    for lower, mul, value in products:
+        try:
+            return _site(sigmoid, logit, (*upper, *lower), linear, mul, value, order)
+        except _Reject as e:
+            reason = str(e)
+    raise _Reject(reason)
+
+
+def _site(
+    sigmoid: Node,
+    logit: Node,
+    chain: tuple[Node, ...],
+    linear: _Linear,
+    mul: Node,
+    value: Node,
+    order: _Order,
+) -> Site:
     _check_dtypes(
         {
             "logit": logit,
@@ -526,29 +539,29 @@ def _match_site(sigmoid: Node, order: _Order) -> Site:
             "product": mul,
         }
     )
-    rows_of = _tensor(linear.input, "the input").shape[:-1]
-    if not _known(math.prod(rows_of) == math.prod(_tensor(value, "the value").shape[:-1])):
+    rows = _tensor(linear.input, "the input").shape[:-1]
+    if not _known(math.prod(rows) == math.prod(_tensor(value, "the value").shape[:-1])):
         raise _Reject("input and value differ in their number of rows")
-
-    anchor, addend, views = mul, None, ()
-    found = _match_addend(mul)
-    if found is not None and not order.writes_between(logit, found[0]):
-        anchor, addend, views = found
-    if order.writes_between(logit, anchor):
+    if order.writes_between(logit, mul):
         raise _Reject("memory is written between the linear and the multiply")
+    views: tuple[Node, ...]
+    anchor, addend, views = _match_addend(mul) or (mul, None, ())
+    if order.writes_between(mul, anchor):
+        anchor, addend, views = mul, None, ()
 
     inside = set(chain)
-    consumers = {mul}
-    keeps_logit = any(
-        user not in inside and user not in consumers for n in chain for user in n.users
-    )
+    keeps_logit = any(user not in inside and user is not mul for n in chain for user in n.users)
     if keeps_logit:
         # The op takes the place of the logit for its other users too, so none of its operands may
         # depend on it.
-        operands = [n for n in (linear.input, linear.weight, linear.bias, value, addend) if n]
-        lowest = order[logit]
-        if any(n in inside for n in _upstream(operands, lowest, order)):
+        def depends(nodes: list[Node]) -> bool:
+            return not inside.isdisjoint(_upstream(nodes, order[logit], order))
+
+        operands = [n for n in (linear.input, linear.weight, linear.bias, value) if n]
+        if depends(operands):
             raise _Reject("the value depends on the logit")
+        if addend is not None and depends([addend]):
+            anchor, addend, views = mul, None, ()
         if logit_shape_op(logit, linear.input) is None:
             raise _Reject("the logit is used elsewhere, in a shape that is not one per row")
     return Site(

@@ -144,7 +144,7 @@ class Report:
             lines.append(f"{g.name} ({g.phase}): {g.fused} fused")
             if g.error:
                 lines.append(f"  left unfused after an error: {g.error}")
-            rows = [
+            rows: list[tuple[str, ...]] = [
                 (
                     s.location or s.node,
                     f"{s.rows} x {s.H} -> {s.D}" if s.H != s.D else f"{s.rows} x {s.H}",
