@@ -108,6 +108,7 @@ def gatefuse_backend(
     """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.exc import InductorError
 
     own, inductor = {}, {}
     for key, value in (options or {}).items():
@@ -116,7 +117,12 @@ def gatefuse_backend(
         else:
             inductor[key] = value
     patches = {**list_mode_options(mode or "default"), **inductor}
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=_options(patches, **own))
+    try:
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=_options(patches, **own))
+    except InductorError as e:
+        if isinstance(e.inner_exception, report.FusionError):
+            raise e.inner_exception from None
+        raise
     return compiled
 
 

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import math
 import re
 import statistics
 import warnings
@@ -59,26 +60,17 @@ class Timing:
 
 
 @dataclass
-class ModelResult:
-    """What the demo found in one model.
+class Differences:
+    """The largest difference over all logits, relative to the largest logit of the reference.
 
-    Differences are the largest over all logits, relative to the largest logit of the reference:
-    ``*_vs_eager`` against the eager model, ``*_vs_fp64`` against the same weights in float64.
+    ``*_vs_eager``: from the eager model; ``*_vs_fp64``: from the same weights in float64.
     """
 
-    model: str
-    gates: int
-    sites: int
-    op_nodes: int
-    placements: dict[str, int]
-    locations: dict[str, int]
     inductor_vs_eager: float
     gatefuse_vs_eager: float
     eager_vs_fp64: float
     inductor_vs_fp64: float
     gatefuse_vs_fp64: float
-    problems: list[str] = field(default_factory=list)
-    timings: list[Timing] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -86,6 +78,21 @@ class ModelResult:
         if self.inductor_vs_eager == 0:
             return 1.0 if self.gatefuse_vs_eager == 0 else float("inf")
         return self.gatefuse_vs_eager / self.inductor_vs_eager
+
+
+@dataclass
+class ModelResult:
+    """What the demo found in one model; problems is empty if all is well."""
+
+    model: str
+    gates: int
+    sites: int
+    op_nodes: int
+    placements: dict[str, int]
+    locations: dict[str, int]
+    differences: Differences
+    problems: list[str] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
 
 
 @dataclass
@@ -103,7 +110,10 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        models = [{**dataclasses.asdict(m), "ratio": m.ratio} for m in self.models]
+        models = [dataclasses.asdict(m) for m in self.models]
+        for plain, result in zip(models, self.models, strict=True):
+            ratio = result.differences.ratio
+            plain["differences"]["ratio"] = ratio if math.isfinite(ratio) else None
         return {
             "versions": self.versions,
             "device": self.device,
@@ -236,21 +246,21 @@ def _rms(t: Tensor) -> float:
 
 def _differences(
     eager: Tensor, inductor: Tensor, fused: Tensor, reference: Tensor, dtype: torch.dtype
-) -> tuple[dict[str, float], list[str]]:
-    """The five differences of :class:`ModelResult`, and what is wrong with them.
+) -> tuple[Differences, list[str]]:
+    """The differences, and what is wrong with them.
 
     The fused model may be at most twice as far from the float64 reference as eager is, plus one
     unit of ``dtype`` at the size of the reference, on the worst element and in the mean.
     """
     eager, inductor, fused = eager.double(), inductor.double(), fused.double()
     scale = _max(reference)
-    found = {
-        "inductor_vs_eager": _max(inductor - eager) / scale,
-        "gatefuse_vs_eager": _max(fused - eager) / scale,
-        "eager_vs_fp64": _max(eager - reference) / scale,
-        "inductor_vs_fp64": _max(inductor - reference) / scale,
-        "gatefuse_vs_fp64": _max(fused - reference) / scale,
-    }
+    found = Differences(
+        inductor_vs_eager=_max(inductor - eager) / scale,
+        gatefuse_vs_eager=_max(fused - eager) / scale,
+        eager_vs_fp64=_max(eager - reference) / scale,
+        inductor_vs_fp64=_max(inductor - reference) / scale,
+        gatefuse_vs_fp64=_max(fused - reference) / scale,
+    )
     problems = []
     if not torch.isfinite(fused).all():
         problems.append("the fused result is not finite")
@@ -295,7 +305,7 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
         op_nodes=op_nodes,
         placements=dict(Counter(site.placement or "unknown" for site in sites)),
         locations=dict(Counter(site.location or "unknown" for site in sites)),
-        **differences,
+        differences=differences,
         problems=problems,
     )
 
@@ -374,8 +384,10 @@ def run_demo(
         device = torch.device(device)
     except RuntimeError as error:
         raise DemoError(f"{device!r} is not a device: cpu, cuda, cuda:1, xpu") from error
-    if device.type != "cpu" and not torch.get_device_module(device.type).is_available():
-        raise DemoError(f"device {device} is not available in this PyTorch ({torch.__version__})")
+    if device.type != "cpu":
+        module = getattr(torch, device.type, None)
+        if module is None or (device.index or 0) >= module.device_count():
+            raise DemoError(f"PyTorch {torch.__version__} finds no device {device} here")
 
     results = []
     with torch.no_grad(), _quiet():
@@ -456,12 +468,12 @@ def _format(result: DemoResult) -> str:
         [
             (
                 m.model,
-                f"{m.inductor_vs_eager:.2e}",
-                f"{m.gatefuse_vs_eager:.2e}",
-                f"{m.ratio:.2f}",
-                f"{m.eager_vs_fp64:.2e}",
-                f"{m.inductor_vs_fp64:.2e}",
-                f"{m.gatefuse_vs_fp64:.2e}",
+                f"{m.differences.inductor_vs_eager:.2e}",
+                f"{m.differences.gatefuse_vs_eager:.2e}",
+                f"{m.differences.ratio:.2f}",
+                f"{m.differences.eager_vs_fp64:.2e}",
+                f"{m.differences.inductor_vs_fp64:.2e}",
+                f"{m.differences.gatefuse_vs_fp64:.2e}",
             )
             for m in result.models
         ],

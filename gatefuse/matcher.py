@@ -208,10 +208,8 @@ def _weight_source(node: Node, width: Any) -> Node:
     """
     best = current = node
     while (
-        (current.op == "call_function"
-        and (current.target in _TRANSPOSES or _is_shape_op(current)))
-        or (_is_float_conversion(current) and _widens(current))
-    ):
+        current.op == "call_function" and (current.target in _TRANSPOSES or _is_shape_op(current))
+    ) or (_is_float_conversion(current) and _widens(current)):
         current = _source(current)
         val = _val(current)
         if val is not None and val.dim() in (1, 2) and _known(val.shape[-1] == width):
@@ -542,7 +540,7 @@ def _site(
     rows = _tensor(linear.input, "the input").shape[:-1]
     if not _known(math.prod(rows) == math.prod(_tensor(value, "the value").shape[:-1])):
         raise _Reject("input and value differ in their number of rows")
-    if order.writes_between(logit, mul):
+    if order.writes_between(_first_reader(logit, linear, order), mul):
         raise _Reject("memory is written between the linear and the multiply")
     views: tuple[Node, ...]
     anchor, addend, views = _match_addend(mul) or (mul, None, ())
@@ -578,6 +576,18 @@ def _site(
         value_views=views,
         keeps_logit=keeps_logit,
     )
+
+
+def _first_reader(logit: Node, linear: _Linear, order: _Order) -> Node:
+    """The first of the nodes from the linear's operands to the logit: where they are first read."""
+    operands = (linear.input, linear.weight, linear.bias)
+    first, stack = logit, [logit]
+    while stack:
+        node = stack.pop()
+        if order[node] < order[first]:
+            first = node
+        stack.extend(n for n in node.all_input_nodes if n not in operands)
+    return first
 
 
 def logit_shape_op(logit: Node, input: Node) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:

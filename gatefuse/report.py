@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch._dynamo.exc import ShortenTraceback
 from torch.fx import Node
 
 __all__ = [
@@ -36,8 +37,14 @@ COUNTERS = {
 them with the compiled code, and adds it again when it loads that code from a cache."""
 
 
-class FusionError(RuntimeError):
-    """Fewer sites were fused than ``expect`` demands."""
+class FusionError(ShortenTraceback):
+    """Fewer sites were fused than ``expect`` demands. A RuntimeError.
+
+    Of a kind that Dynamo and Inductor pass on instead of wrapping.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
 
 
 @dataclass
@@ -54,7 +61,7 @@ class SiteReport:
     has_addend: bool
     keeps_logit: bool
     placement: str | None = None
-    placement_reason: str = "not lowered by Inductor: the op runs as it is"
+    placement_reason: str = ""
     key: str = field(default="", repr=False)
 
 
@@ -158,7 +165,7 @@ class Report:
                         )
                         if present
                     ).strip(),
-                    f"{s.placement or 'op'}: {s.placement_reason}",
+                    f"{s.placement}: {s.placement_reason}" if s.placement else "not lowered",
                 )
                 for s in g.sites
             ]

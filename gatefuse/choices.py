@@ -1,0 +1,66 @@
+"""Shapes the kernels that Inductor generates around an inlined gate.
+
+Inductor loops over rows wider than 1024 elements in blocks. An inlined gate makes that costly: the
+norm in front of it, its dot product and the norm behind it are reductions that depend on each
+other, so that the row is read once for each. Kept in registers (a persistent reduction) it is read
+once. Kernels without a gate are left to Inductor's own choice.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch._inductor.virtualized import V
+
+__all__ = ["install"]
+
+log = logging.getLogger("gatefuse")
+
+WIDEST = 8192
+"""Widest row, in elements, that is kept in registers."""
+
+
+def install() -> None:
+    """Let the current choices of Inductor's keep rows with a gate in registers; idempotent."""
+    choices = V.choices
+    plain = choices.should_use_persistent_reduction
+    if getattr(plain, "gatefuse", False):
+        return
+
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        return plain(features, cooperative_reduction) or (
+            not cooperative_reduction and _keep_row(features)
+        )
+
+    should_use_persistent_reduction.gatefuse = True  # type: ignore[attr-defined]
+    choices.should_use_persistent_reduction = should_use_persistent_reduction
+
+
+def _keep_row(features: Any) -> bool:
+    try:
+        return _row_with_gate_fits(features)
+    except AttributeError:  # internals of a version that looks different
+        log.warning("gatefuse: kernels are left to Inductor's choice", exc_info=True)
+        return False
+
+
+def _row_with_gate_fits(features: Any) -> bool:
+    from torch._inductor import config
+    from torch._inductor.runtime.hints import ReductionHint
+
+    return (
+        config.triton.persistent_reductions
+        and features.get_reduction_hint() == ReductionHint.INNER
+        and V.graph.sizevars.statically_known_leq(features.reduction_numel, WIDEST)
+        and any(_is_gate(n) for n in features.scheduler_nodes())
+    )
+
+
+def _is_gate(scheduler_node: Any) -> bool:
+    gates = (
+        torch.ops.gatefuse.linear_sigmoid_mul.default,
+        torch.ops.gatefuse.linear_sigmoid_mul_logit.default,
+    )
+    return any(origin.target in gates for origin in scheduler_node.node.get_origins())
