@@ -106,7 +106,6 @@ def gatefuse_backend(
     Takes Inductor's modes and options; options named ``gatefuse.<field of Options>`` are
     gatefuse's own.
     """
-    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.exc import InductorError
 
@@ -116,9 +115,9 @@ def gatefuse_backend(
             own[key.removeprefix(_PREFIX)] = value
         else:
             inductor[key] = value
-    patches = {**list_mode_options(mode or "default"), **inductor}
+    patches = _options(compat.inductor_options(mode, inductor), **own)
     try:
-        compiled: Any = compile_fx(gm, example_inputs, config_patches=_options(patches, **own))
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     except InductorError as e:
         if isinstance(e.inner_exception, report.FusionError):
             raise e.inner_exception from None

@@ -35,7 +35,9 @@ def install() -> None:
         )
 
     should_use_persistent_reduction.gatefuse = True  # type: ignore[attr-defined]
-    choices.should_use_persistent_reduction = should_use_persistent_reduction
+    choices.should_use_persistent_reduction = (  # type: ignore[method-assign]
+        should_use_persistent_reduction
+    )
 
 
 def _keep_row(features: Any) -> bool:

@@ -16,6 +16,7 @@ __all__ = [
     "TESTED_TORCH",
     "append_pass",
     "graph_phase",
+    "inductor_options",
     "passes_of",
     "remove_pass",
     "unsupported_reason",
@@ -102,6 +103,12 @@ def remove_pass(hook: Any) -> Any:
     passes = passes_of(hook)
     others = [p for p in passes if not isinstance(p, GateFusionPass)]
     return hook if len(others) == len(passes) else _hook_of(others)
+
+
+def inductor_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What ``torch.compile(mode=mode, options=options)`` sets in Inductor's configuration; raises
+    its errors on an unknown mode or option."""
+    return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
 
 
 def graph_phase(graph: torch.fx.Graph) -> str:
