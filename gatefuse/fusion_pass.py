@@ -96,7 +96,7 @@ class GateFusionPass(CustomGraphPass):
             for r in rejections
         ]
         dump = settings.dump_directory()
-        keep_text = bool(sites) and (report.recording() or dump is not None)
+        keep_text = bool(sites) and (dump is not None or report.recording() or _graphs_wanted())
         if keep_text:
             entry.before = _readable(graph, f"gatefuse before {entry.name}")
         replaced: dict[Node, Node] = {}
@@ -165,16 +165,24 @@ class PassSequence(CustomGraphPass):
         return None if any(i is None for i in ids) else tuple(ids)
 
 
-def _readable(graph: Graph, name: str) -> str:
-    """Code of the graph; told to torch's graph logging, where depyf and vLLM pick it up."""
+def _graphs_wanted() -> bool:
+    """Whether somebody looks at torch's graph logging: a debug log, or depyf or vLLM, which put
+    their own function in its place."""
     from torch._dynamo import utils
 
-    module = graph.owning_module
-    if module is None:
-        module = GraphModule(torch.nn.Module(), graph)
-    else:
-        module = GraphModule(module, graph)
-    utils.lazy_format_graph_code(name.replace(" ", "_"), module)
+    return (
+        log.isEnabledFor(logging.DEBUG)
+        or utils.lazy_format_graph_code.__module__ != "torch._dynamo.utils"
+    )
+
+
+def _readable(graph: Graph, name: str) -> str:
+    """Code of the graph; passed to torch's graph logging on the way."""
+    from torch._dynamo import utils
+
+    root = torch.nn.Module() if graph.owning_module is None else graph.owning_module
+    module = GraphModule(root, graph)
+    log.debug("%s", utils.lazy_format_graph_code(name.replace(" ", "_"), module))
     text = module.print_readable(
         print_output=False, include_stride=True, include_device=True, expanded_def=True
     )
