@@ -81,8 +81,15 @@ def _place(
         else:
             reason = f"kernel was forced, but {problem}"
     rounding = bool(meta.get("eager_rounding")) or config.emulate_precision_casts
-    lower = _lower_kernel if placement == "kernel" else _lower_inline
-    result = lower(input, weight, bias, value, addend, logit_dtype, rounding, meta)
+    operands = (input, weight, bias, value, addend, logit_dtype, rounding, meta)
+    try:
+        result = (_lower_kernel if placement == "kernel" else _lower_inline)(*operands)
+    except Exception as e:  # whatever it was, it must not break the user's compilation
+        if placement == "inline":
+            raise
+        log.warning("gatefuse: no kernel for %s, lowered inline instead", node, exc_info=True)
+        placement, reason = "inline", f"the kernel could not be lowered: {type(e).__name__}: {e}"
+        result = _lower_inline(*operands)
     if "key" in meta:
         report.note_placement(meta["key"], placement, reason)
     return result

@@ -39,6 +39,7 @@ _SHAPE_OPS = {
 }
 _TRANSPOSES = {aten.permute.default, aten.transpose.int, aten.t.default}
 _PACKED_LINEARS = ("mkldnn::_linear_pointwise", "mkl::_mkl_linear", "onednn::")
+_DEVICES = ("cpu", "cuda", "xpu", "meta")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PRECISION = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1}
 
@@ -502,6 +503,8 @@ def _check_dtypes(nodes: dict[str, Node | None]) -> None:
         if val.layout is not torch.strided:
             raise _Reject(f"the {name} is not a strided tensor")
         devices.add(val.device)
+        if val.device.type not in _DEVICES:
+            raise _Reject(f"not tried on device {val.device.type}")
     if len(devices) > 1:
         raise _Reject(f"operands are on several devices: {', '.join(sorted(map(str, devices)))}")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -225,12 +226,13 @@ for _key in ("CompositeExplicitAutograd", "CUDA", "XPU"):  # HIP devices dispatc
 def _prepare_inductor() -> None:
     # A graph that is traced for Inductor needs the op's lowering, whoever put the op there; without
     # it the op would be an opaque call.
-    import sys
-
     if "torch._inductor.lowering" in sys.modules:
-        from gatefuse import lowering
+        from gatefuse import compat
 
-        lowering.register()
+        if compat.unsupported_reason() is None:
+            from gatefuse import lowering
+
+            lowering.register()
 
 
 @torch.library.register_fake("gatefuse::linear_sigmoid_mul", lib=_LIBRARY)
