@@ -304,7 +304,7 @@ class _Rewriter:
             assert shape_op is not None
             if shape_op[0] is not aten.alias.default:
                 logit = self._call(shape_op[0], logit, *shape_op[1])
-            _check_same(logit.meta["val"], site.logit.meta["val"])
+            _check_same(logit.meta["val"], site.logit.meta["val"], strides=False)
         else:
             result = op = self._call(torch.ops.gatefuse.linear_sigmoid_mul.default, *operands)
         if given != wanted:
@@ -325,8 +325,11 @@ class _DifferentResult(Exception):
     """The op's result cannot be shown to look like what it would replace."""
 
 
-def _check_same(new: torch.Tensor, old: torch.Tensor) -> None:
-    """Raise unless dtype, shape and (where a size is not 1) strides of the two are equal."""
+def _check_same(new: torch.Tensor, old: torch.Tensor, strides: bool = True) -> None:
+    """Raise unless dtype, shape and (where a size is not 1) strides of the two are equal.
+
+    Strides of a logit do not count: those of a padded product are Inductor's own doing.
+    """
     from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
     if new.dtype != old.dtype:
@@ -337,7 +340,7 @@ def _check_same(new: torch.Tensor, old: torch.Tensor) -> None:
             f"shape {tuple(new.shape)} of the op's result cannot be shown to be {tuple(old.shape)}"
         )
     for size, a, b in zip(new.shape, new.stride(), old.stride()):
-        if not known(size == 1) and not known(a == b):
+        if strides and not known(size == 1) and not known(a == b):
             raise _DifferentResult(
                 f"strides {new.stride()} of the op's result cannot be shown to be {old.stride()}"
             )

@@ -50,7 +50,6 @@ def linear_sigmoid_mul_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,  # load the whole row before reducing it (rows that fit in registers)
-    EAGER_ROUNDING: tl.constexpr,  # round logit, gate and product as unfused PyTorch does
     PDL: tl.constexpr,  # programmatic dependent launch: the grid starts before its inputs exist
     WEIGHT_FIRST: tl.constexpr,  # the weight is no output of the preceding kernel: load it early
 ):
@@ -116,18 +115,12 @@ def linear_sigmoid_mul_kernel(
         logit += tl.load(bias_ptr).to(tl.float32)
     if logit_ptr is not None:
         tl.store(logit_ptr + row, logit.to(logit_ptr.dtype.element_ty))
-    if EAGER_ROUNDING:
-        logit = logit.to(input_ptr.dtype.element_ty).to(tl.float32)
     gate = tl.sigmoid(logit)
-    if EAGER_ROUNDING:
-        gate = gate.to(input_ptr.dtype.element_ty).to(tl.float32)
 
     if UNROLL:
         for i in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
             out = gate * values[i].to(tl.float32)
             if addend_ptr is not None:
-                if EAGER_ROUNDING:
-                    out = out.to(value_ptr.dtype.element_ty).to(tl.float32)
                 out += addends[i].to(tl.float32)
             if (i + 1) * BLOCK_D <= D:
                 tl.store(out_ptr + i * BLOCK_D + d, out.to(out_ptr.dtype.element_ty))
@@ -139,8 +132,6 @@ def linear_sigmoid_mul_kernel(
             inside = start + d < D
             out = gate * tl.load(value_ptr + start + d, mask=inside).to(tl.float32)
             if addend_ptr is not None:
-                if EAGER_ROUNDING:
-                    out = out.to(value_ptr.dtype.element_ty).to(tl.float32)
                 out += tl.load(addend_ptr + start + d, mask=inside).to(tl.float32)
             tl.store(out_ptr + start + d, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -198,7 +189,6 @@ def launch(
     out: torch.Tensor,
     logit: torch.Tensor | None = None,
     *,
-    eager_rounding: bool = False,
     pdl: bool = False,
     weight_first: bool = False,
     config: LaunchConfig | None = None,
@@ -233,7 +223,6 @@ def launch(
         BLOCK_H=config.block_h,
         BLOCK_D=config.block_d,
         UNROLL=max(h, d) <= UNROLL_LIMIT,
-        EAGER_ROUNDING=eager_rounding,
         PDL=pdl,
         WEIGHT_FIRST=weight_first,
         num_warps=config.num_warps,

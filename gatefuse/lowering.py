@@ -21,7 +21,13 @@ from typing import Any
 
 import torch
 from torch._inductor import config, ir
-from torch._inductor.lowering import fallbacks, lowerings, make_pointwise, register_lowering
+from torch._inductor.lowering import (
+    broadcast_tensors,
+    fallbacks,
+    lowerings,
+    make_pointwise,
+    register_lowering,
+)
 from torch._inductor.lowering import to_dtype as lower_to_dtype
 from torch._inductor.virtualized import V, ops
 from torch.fx import Node
@@ -70,38 +76,36 @@ def _place(
 ) -> tuple[Any, Any]:
     node = V.graph.current_node
     meta = node.meta.get("gatefuse", {})
-    placement, reason = choose_placement(node, input, weight, bias, value, addend)
-    wanted = meta.get("placement", "auto")
-    if wanted != "auto" and wanted != placement:
-        problem = None
-        if wanted == "kernel":
-            problem = _kernel_problem(input, weight, bias, value, addend)
-        if problem is None:
-            placement, reason = wanted, "forced by option"
-        else:
-            reason = f"kernel was forced, but {problem}"
     rounding = bool(meta.get("eager_rounding")) or config.emulate_precision_casts
-    operands = (input, weight, bias, value, addend, logit_dtype, rounding, meta)
-    try:
-        result = (_lower_kernel if placement == "kernel" else _lower_inline)(*operands)
-    except Exception as e:  # whatever it was, it must not break the user's compilation
-        if placement == "inline":
-            raise
-        log.warning("gatefuse: no kernel for %s, lowered inline instead", node, exc_info=True)
-        placement, reason = "inline", f"the kernel could not be lowered: {type(e).__name__}: {e}"
-        result = _lower_inline(*operands)
+    problem = _kernel_problem(input, weight, bias, value, addend)
+    if problem is None and rounding:
+        problem = "the kernel rounds once, and eager rounding was asked for"
+    wanted = meta.get("placement", "auto")
+    if problem is not None:
+        placement = "inline"
+        reason = f"kernel was forced, but {problem}" if wanted == "kernel" else problem
+    elif wanted == "auto":
+        placement, reason = choose_placement(node, input, value, addend)
+    else:
+        placement, reason = wanted, "forced by option"
+    operands = (input, weight, bias, value, addend, logit_dtype)
+    result = None
+    if placement == "kernel":
+        try:
+            result = _lower_kernel(*operands)
+        except Exception as e:  # whatever it was, it must not break the user's compilation
+            log.warning("gatefuse: no kernel for %s, lowered inline instead", node, exc_info=True)
+            placement, reason = "inline", f"the kernel failed to lower: {type(e).__name__}: {e}"
+    if result is None:
+        result = _lower_inline(*operands, rounding, meta)
     if "key" in meta:
         report.note_placement(meta["key"], placement, reason)
     return result
 
 
-def choose_placement(
-    node: Node, input: Any, weight: Any, bias: Any, value: Any, addend: Any
-) -> tuple[str, str]:
-    """``("inline" | "kernel", why)`` for an op node and the IR of its operands."""
-    problem = _kernel_problem(input, weight, bias, value, addend)
-    if problem is not None:
-        return "inline", problem
+def choose_placement(node: Node, input: Any, value: Any, addend: Any) -> tuple[str, str]:
+    """``("inline" | "kernel", why)`` for an op node and the IR of its operands, where both can
+    serve."""
     for name, operand in (("input", input), ("value", value), ("addend", addend)):
         if operand is not None and _made_by_inductor(operand):
             return "inline", f"the {name} is made by a kernel of Inductor's"
@@ -126,7 +130,7 @@ def _kernel_problem(input: Any, weight: Any, bias: Any, value: Any, addend: Any)
     if any(t.get_dtype() not in KERNEL_DTYPES for t in operands):
         return "the kernel does not take these dtypes"
     if _static(input.get_size()[-1]) is None or _static(value.get_size()[-1]) is None:
-        return "a width is symbolic, and the kernel would lose its vectorised loads"
+        return "a width is symbolic, and the kernel is compiled for one width"
     return None
 
 
@@ -215,6 +219,15 @@ def _round_to(x: Any, dtype: torch.dtype) -> Any:
     return make_pointwise(inner, override_return_dtype=torch.float32)(x)
 
 
+def _rounded_product(a: Any, b: Any) -> Any:
+    """A float32 product that no compiler contracts with a sum behind it to a multiply-add."""
+
+    def inner(x: Any, y: Any) -> Any:
+        return ops.mul_rn(x, y)
+
+    return make_pointwise(inner, override_return_dtype=torch.float32)(*broadcast_tensors(a, b))
+
+
 def _result_dtype(*operands: Any) -> torch.dtype:
     from gatefuse.ops import result_dtype
 
@@ -251,7 +264,7 @@ def _lower_inline(
     lead = list(value.get_size()[:-1])
     if list(gate.get_size()[:-1]) != lead:
         gate = lowerings[aten.reshape.default](gate, [*lead, 1])
-    out = mul(gate, lower_to_dtype(value, f32))
+    out = (_rounded_product if rounding else mul)(gate, lower_to_dtype(value, f32))
     if addend is not None:
         if rounding:
             out = _round_to(out, meta.get("product_dtype", out_dtype))
@@ -266,8 +279,6 @@ def _lower_kernel(
     value: Any,
     addend: Any,
     logit_dtype: torch.dtype | None,
-    rounding: bool,
-    meta: dict[str, Any],
 ) -> tuple[Any, Any]:
     import sympy  # type: ignore[import-untyped]
     import triton
@@ -313,7 +324,6 @@ def _lower_kernel(
         "BLOCK_H": launch.block_h,
         "BLOCK_D": launch.block_d,
         "UNROLL": max(h, d) <= kernels.UNROLL_LIMIT,
-        "EAGER_ROUNDING": rounding,
         "PDL": False,  # Inductor's launcher of a user's kernel cannot ask for it
         "WEIGHT_FIRST": False,
     }

@@ -225,7 +225,43 @@ class _Linear:
     bias: Node | None
 
 
-def _linear_of_mm(x: Node, w: Node, bias: Node | None) -> _Linear:
+def _unpadded(node: Node) -> Node:
+    """What is padded with zeros at the ends of its dimensions, or ``node``."""
+    if node.op == "call_function" and node.target is aten.constant_pad_nd.default:
+        pads: Any = node.args[1]
+        fill = node.args[2] if len(node.args) > 2 else 0
+        if fill == 0 and all(p == 0 for p in pads[::2]) and all(p >= 0 for p in pads[1::2]):
+            return _source(node)
+    return node
+
+
+def _product_of_slice(node: Node) -> Node:
+    """The padded matrix product that ``node`` is the first rows and columns of.
+
+    Inductor pads products to multiples of 8 where it finds that faster (``shape_padding``).
+    """
+    rows = _tensor(node, "the logit").shape
+    while node.op == "call_function" and node.target is aten.slice.Tensor:
+        start = node.args[2] if len(node.args) > 2 else None
+        step = node.args[4] if len(node.args) > 4 else 1
+        if start not in (0, None) or step != 1:
+            raise _Reject("the logit is a slice")
+        node = _source(node)
+    operands: Any = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default: (0, 1)}
+    if node.op != "call_function" or node.target not in operands:
+        raise _Reject("the logit is a slice")
+    x, w = (_unpadded(node.args[i]) for i in operands[node.target])
+    xv, wv = _tensor(x, "the input of the linear"), _tensor(w, "the weight")
+    if not (
+        _same_shape(rows, [*xv.shape[:-1], wv.shape[-1]]) and _known(xv.shape[-1] == wv.shape[-2])
+    ):
+        raise _Reject("the logit is a slice")
+    return node
+
+
+def _linear_of_mm(x: Node, w: Node, bias: Node | None, sliced: bool) -> _Linear:
+    if sliced:
+        x, w = _unpadded(x), _unpadded(w)
     xv, wv = _tensor(x, "the input of the linear"), _tensor(w, "the weight")
     if not _known(wv.shape[-1] == 1):
         raise _Reject(f"the linear has {wv.shape[-1]} outputs, not 1")
@@ -268,17 +304,20 @@ def _match_sum(node: Node) -> _Linear:
 
 def _match_linear(node: Node) -> _Linear:
     """The linear that ``node`` is, without a bias added afterwards, or _Reject."""
-    target, args = node.target, node.args
     if node.op != "call_function":
         raise _Reject("the logit is an input of the graph")
+    sliced = node.target is aten.slice.Tensor
+    if sliced:
+        node = _product_of_slice(node)
+    target, args = node.target, node.args
     if target is aten.mm.default:
-        return _linear_of_mm(args[0], args[1], None)  # type: ignore[arg-type]
+        return _linear_of_mm(args[0], args[1], None, sliced)  # type: ignore[arg-type]
     if target is aten.addmm.default:
         if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
             raise _Reject("the linear is scaled (addmm with alpha or beta)")
         bias = args[0]
         assert isinstance(bias, Node)
-        linear = _linear_of_mm(args[1], args[2], bias)  # type: ignore[arg-type]
+        linear = _linear_of_mm(args[1], args[2], bias, sliced)  # type: ignore[arg-type]
         if not _numel_is_one(_tensor(bias, "the bias").shape):
             raise _Reject("the bias differs from row to row")
         return linear
@@ -291,7 +330,7 @@ def _match_linear(node: Node) -> _Linear:
         assert isinstance(x, Node) and isinstance(w, Node)
         if not _known(_tensor(w, "the weight").shape[0] == 1):
             raise _Reject("the logit is a batched product with one weight per batch")
-        return _linear_of_mm(x, w, None)
+        return _linear_of_mm(x, w, None, sliced)
     if target is aten.sum.dim_IntList:
         return _match_sum(node)
     if any(str(target).startswith(p.replace("::", ".")) for p in _PACKED_LINEARS):
