@@ -61,6 +61,8 @@ def collect(files: Iterable[dict[str, Any]]) -> Results:
         if content["kind"] == "host":
             results.host = content["rows"]
             continue
+        if content["kind"] != "core":
+            continue
         fresh: dict[Key, dict[ArmKey, Row]] = {}
         for row in content["rows"]:
             key = (row["shapes"], row["chain"], row["H"], row["N"], row["dtype"])

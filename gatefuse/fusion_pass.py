@@ -39,7 +39,19 @@ META_KEY = "gatefuse"
 _graph_numbers = itertools.count()
 
 
-_SOURCES = ("choices", "compat", "fusion_pass", "kernels", "lowering", "matcher", "ops", "settings")
+_SOURCES = (
+    "choices",
+    "compat",
+    "fusion_pass",
+    "kernels",
+    "linear",
+    "lowering",
+    "matcher",
+    "nodes",
+    "ops",
+    "order",
+    "settings",
+)
 """Modules that decide what code is generated."""
 
 

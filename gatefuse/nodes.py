@@ -1,0 +1,170 @@
+"""What single nodes of a functional ATen graph do: metadata, shape operators, conversions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Element types whose values the op computes with exactly, in float32."""
+
+_CONVERSIONS = {prims.convert_element_type.default, aten._to_copy.default}
+_SHAPE_OPS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.alias.default,
+    aten.detach.default,
+    aten.clone.default,
+}
+_TRANSPOSES = {aten.permute.default, aten.transpose.int, aten.t.default}
+_PRECISION = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1}
+
+
+class NoMatch(Exception):
+    """Why a pattern does not hold."""
+
+
+def val_of(node: Any) -> torch.Tensor | None:
+    val = node.meta.get("val") if isinstance(node, Node) else None
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def tensor_of(node: Any, what: str) -> torch.Tensor:
+    val = val_of(node)
+    if val is None:
+        raise NoMatch(f"{what} has no tensor metadata")
+    return val
+
+
+def known(condition: Any) -> bool:
+    """Whether a condition on sizes holds for every size; installs no guard."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(known(x == y) for x, y in zip(a, b))
+
+
+def numel_is_one(shape: Any) -> bool:
+    return all(known(s == 1) for s in shape)
+
+
+def _moves_only_ones(node: Node) -> bool:
+    """Whether a transpose leaves the row-major order of elements alone."""
+    source = val_of(node.args[0])
+    if source is None:
+        return False
+    dims: Any = node.args[1:]
+    order = list(range(source.dim()))
+    if node.target is aten.permute.default:
+        order = [d % source.dim() for d in dims[0]]
+    elif source.dim() >= 2:
+        a, b = dims if node.target is aten.transpose.int else (0, 1)
+        order[a], order[b] = order[b], order[a]
+    kept = [d for d in order if not known(source.shape[d] == 1)]
+    return kept == sorted(kept)
+
+
+def is_shape_op(node: Node) -> bool:
+    """An operator that keeps elements, their number and their row-major order."""
+    if node.op != "call_function":
+        return False
+    if node.target in _SHAPE_OPS:
+        return True
+    if node.target in _TRANSPOSES:
+        return _moves_only_ones(node)
+    if node.target is aten.expand.default:
+        source, result = val_of(node.args[0]), val_of(node)
+        return source is not None and result is not None and known(source.numel() == result.numel())
+    return False
+
+
+def is_float_conversion(node: Node) -> bool:
+    if node.op != "call_function" or node.target not in _CONVERSIONS:
+        return False
+    source, result = val_of(node.args[0]), val_of(node)
+    return (
+        source is not None
+        and result is not None
+        and source.dtype in FLOAT_DTYPES
+        and result.dtype in FLOAT_DTYPES
+        and source.device == result.device
+    )
+
+
+def is_neutral(node: Node) -> bool:
+    """Neither computes nor reorders: shape operators, float conversions, multiplication by 1."""
+    if is_shape_op(node) or is_float_conversion(node):
+        return True
+    return (
+        node.op == "call_function"
+        and node.target is aten.mul.Tensor
+        and isinstance(node.args[1], (int, float))
+        and node.args[1] == 1
+    )
+
+
+def source_of(node: Node) -> Node:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source
+
+
+def widens(node: Node) -> bool:
+    source, result = val_of(node.args[0]), val_of(node)
+    assert source is not None and result is not None
+    return source.dtype == result.dtype or _PRECISION[source.dtype] < _PRECISION[result.dtype]
+
+
+def wide_source(node: Node) -> Node:
+    """Walks up through conversions that lose nothing (the op computes in float32 anyway)."""
+    while is_float_conversion(node) and widens(node):
+        node = source_of(node)
+    return node
+
+
+def row_source(node: Node, width: Any) -> Node | None:
+    """The nearest node above, or ``node``, that holds the same elements in rows of ``width``."""
+    current: Node | None = node
+    found: Node | None = None
+    while current is not None:
+        val = val_of(current)
+        if val is not None and val.dim() >= 1 and known(val.shape[-1] == width):
+            found = current
+            if not (is_float_conversion(current) and widens(current)):
+                return found
+        if is_shape_op(current) or (is_float_conversion(current) and widens(current)):
+            current = source_of(current)
+        else:
+            return found
+    return found
+
+
+def weight_source(node: Node, width: Any) -> Node:
+    """The parameter behind a weight operand: as far up as it is ``[1, width]`` or ``[width]``.
+
+    All dimensions but one have size 1, so no transpose on the way can reorder the elements.
+    """
+    best = current = node
+    while (
+        current.op == "call_function" and (current.target in _TRANSPOSES or is_shape_op(current))
+    ) or (is_float_conversion(current) and widens(current)):
+        current = source_of(current)
+        val = val_of(current)
+        if val is not None and val.dim() in (1, 2) and known(val.shape[-1] == width):
+            best = current
+    return best
