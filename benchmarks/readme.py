@@ -86,7 +86,9 @@ def section() -> str:
     where = (
         f"{header['device'].split(',')[0]}, torch {header['torch']}, Triton {header['triton']}, "
         f"{header['date'][:10]}; bfloat16, inputs colder than L2, medians of CUDA-graph replays. "
-        "N is the number of tokens. The cost of the gate is the time with it minus the time of "
+        "N is the number of tokens. gatefuse and Inductor run in their default mode unless another "
+        f"is named; of the glue in a mode that tunes, the best of {grid.DRAWS} compiles counts. "
+        "The cost of the gate is the time with it minus the time of "
         "the same module without; it is negative where gatefuse's kernels beat those that "
         "Inductor makes for the module without a gate. `python -m benchmarks.report "
         "benchmarks/results/*.json --check` prints every arm, the other width, and each cell "

@@ -52,8 +52,11 @@ def _row_with_gate_fits(features: Any) -> bool:
     from torch._inductor import config
     from torch._inductor.runtime.hints import ReductionHint
 
+    # A reduction order that the user asked for (PyTorch 2.15 and later) bounds the block.
+    strict = getattr(features, "strict_reduction_rblock", lambda: None)()
     return (
-        config.triton.persistent_reductions
+        strict is None
+        and config.triton.persistent_reductions
         and features.get_reduction_hint() == ReductionHint.INNER
         and V.graph.sizevars.statically_known_leq(features.reduction_numel, WIDEST)
         and any(_is_gate(n) for n in features.scheduler_nodes())

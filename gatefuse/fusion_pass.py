@@ -112,10 +112,11 @@ class GateFusionPass(CustomGraphPass):
         if keep_text:
             entry.before = _readable(graph, f"gatefuse before {entry.name}")
         replaced: dict[Node, Node] = {}
+        erased: set[Node] = set()
         for site in sites:
             key = f"{entry.name}/{site.sigmoid.name}/{os.getpid()}"
             try:
-                new = _Rewriter(graph, site, replaced, self.options, key).rewrite()
+                new = _Rewriter(graph, site, replaced, erased, self.options, key).rewrite()
             except Exception as e:
                 if isinstance(e, _DifferentResult):
                     reason = str(e)
@@ -221,7 +222,13 @@ class _Rewriter:
     """Replaces one site by one op node; on an error the graph is as before."""
 
     def __init__(
-        self, graph: Graph, site: Site, replaced: dict[Node, Node], opts: Options, key: str
+        self,
+        graph: Graph,
+        site: Site,
+        replaced: dict[Node, Node],
+        erased: set[Node],
+        opts: Options,
+        key: str,
     ) -> None:
         self.graph = graph
         self.site = site
@@ -229,11 +236,13 @@ class _Rewriter:
         self.options = opts
         self.key = key
         self.new: list[Node] = []
-        self.erased: set[Node] = set()
+        self.erased = erased
 
     def rewrite(self) -> Node:
         """Returns the op node; raises where the result would not be what it replaces."""
         site = self.site
+        if site.anchor in self.erased:
+            raise RuntimeError(f"{site.anchor} is gone after another site's rewrite")
         try:
             with self.graph.inserting_before(site.anchor):
                 op, result, logit = self._insert()
@@ -265,6 +274,8 @@ class _Rewriter:
         """The node that stands for ``node`` after the rewrites so far."""
         while node in self.replaced:
             node = self.replaced[node]
+        if node in self.erased:
+            raise RuntimeError(f"{node} is gone after another site's rewrite")
         return node
 
     def _call(self, target: Any, *args: Any) -> Node:

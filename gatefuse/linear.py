@@ -140,7 +140,10 @@ def _match_linear(node: Node) -> Linear:
     if target is aten.bmm.default:
         x, w = args
         assert isinstance(x, Node) and isinstance(w, Node)
-        if not known(tensor_of(w, "the weight").shape[0] == 1):
+        if w.op == "call_function" and w.target is aten.expand.default:
+            w = source_of(w)  # one weight for all batches
+        weight = tensor_of(w, "the weight")
+        if weight.dim() == 3 and not known(weight.shape[0] == 1):
             raise NoMatch("the logit is a batched product with one weight per batch")
         return _linear_of_mm(x, w, None, sliced)
     if target is aten.sum.dim_IntList:

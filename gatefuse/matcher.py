@@ -22,6 +22,7 @@ from gatefuse.nodes import (
     is_neutral,
     known,
     same_shape,
+    source_of,
     tensor_of,
     val_of,
 )
@@ -181,12 +182,12 @@ def _check_dtypes(nodes: dict[str, Node | None]) -> None:
         raise NoMatch(f"operands are on several devices: {', '.join(sorted(map(str, devices)))}")
 
 
-def _match_site(sigmoid: Node, order: Order) -> Site:
+def _match_site(sigmoid: Node, order: Order, taken: set[Node]) -> Site:
     logit, upper, linear = match_logit(sigmoid)
     products, reason = _match_muls(sigmoid)
     for lower, mul, value in products:
         try:
-            return _site(sigmoid, logit, (*upper, *lower), linear, mul, value, order)
+            return _site(sigmoid, logit, (*upper, *lower), linear, mul, value, order, taken)
         except NoMatch as e:
             reason = str(e)
     raise NoMatch(reason)
@@ -200,6 +201,7 @@ def _site(
     mul: Node,
     value: Node,
     order: Order,
+    taken: set[Node],
 ) -> Site:
     _check_dtypes(
         {
@@ -217,12 +219,14 @@ def _site(
         raise NoMatch("input and value differ in their number of rows")
     if order.writes_between(_first_reader(logit, linear, order), mul):
         raise NoMatch("memory is written between the linear and the multiply")
+    inside = set(chain)
+    if any(_adds_lerp(user, mul, inside) for user in mul.users):
+        raise NoMatch("a lerp between two values is no site yet")
     views: tuple[Node, ...]
     anchor, addend, views = _match_addend(mul) or (mul, None, ())
-    if order.writes_between(mul, anchor):
+    if anchor in taken or order.writes_between(mul, anchor):
         anchor, addend, views = mul, None, ()
 
-    inside = set(chain)
     keeps_logit = any(user not in inside and user is not mul for n in chain for user in n.users)
     if keeps_logit:
         # The op takes the place of the logit for its other users too, so none of its operands may
@@ -250,6 +254,21 @@ def _site(
         anchor=anchor,
         value_views=views,
         keeps_logit=keeps_logit,
+    )
+
+
+def _adds_lerp(add: Node, mul: Node, gate: set[Node]) -> bool:
+    """Whether ``add`` is ``mul + (1 - gate) * other``."""
+    if add.op != "call_function" or add.target is not aten.add.Tensor:
+        return False
+    others = [n for n in add.all_input_nodes if n is not mul and n.target is aten.mul.Tensor]
+    complements = [n for other in others for n in other.all_input_nodes]
+    while any(is_neutral(n) for n in complements):
+        complements = [source_of(n) if is_neutral(n) else n for n in complements]
+    return any(
+        n.target in (aten.sub.Tensor, aten.rsub.Scalar)
+        and any(g in gate for g in n.all_input_nodes)
+        for n in complements
     )
 
 
@@ -301,7 +320,7 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Rejection]]:
     taken: set[Node] = set()
     for sigmoid in graph.find_nodes(op="call_function", target=aten.sigmoid.default):
         try:
-            site = _match_site(sigmoid, order)
+            site = _match_site(sigmoid, order, taken)
             if site.mul in taken or any(n in taken for n in site.chain):
                 raise NoMatch("the product is part of another site")
         except NoMatch as e:

@@ -1,0 +1,106 @@
+"""Every form of the gate becomes exactly one op, and computes what eager computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from forms import (
+    FORMS,
+    Form,
+    addend_transposed,
+    input_transposed,
+    linear,
+    linear_bias,
+    make_inputs,
+    rows_then_3d,
+    value_transposed,
+)
+from harness import check_report, compile_and_compare, judge, run_form
+from torch import Tensor
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.id)
+def test_form(form: Form) -> None:
+    result = run_form(form)
+    check_report(form, result.report)
+    result.check(torch.bfloat16 if form.autocast else None)
+
+
+def test_table_ids_are_unique() -> None:
+    assert len({form.id for form in FORMS}) == len(FORMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_site_describes_shapes(dtype: torch.dtype) -> None:
+    form = Form("", FORMS[0].fn, lead=(7,), d=24, dtype=dtype)
+    (site,) = run_form(form).report.sites
+    assert (site.rows, site.H, site.D) == ("7", "64", "24")
+    assert site.dtype == str(dtype).removeprefix("torch.")
+
+
+def test_empty_rows() -> None:
+    form = Form("", FORMS[0].fn, lead=(0,), dtype=torch.bfloat16)
+    run_form(form).check()
+
+
+def test_symbols_that_only_multiply_to_the_same_rows() -> None:
+    """Input and value with row counts that are equal, but not provably so: fused or left alone
+    with a reason, right in both cases."""
+    form = Form("", rows_then_3d, lead=(2, 3), dynamic="rows", more_leads=((4, 9),))
+    result = run_form(form)
+    result.check()
+    assert len(result.report.rejections) == 1 - result.report.fused
+    assert all(r.reason for r in result.report.rejections)
+
+
+def test_tolerance_notices_a_lost_bias() -> None:
+    """The tolerance is tight enough to tell a gate from one whose bias is 0.05 off."""
+    x, w, v, b = make_inputs(linear_bias, dtype=torch.bfloat16, lead=(16,))
+    eager = linear_bias(x, w, v, b)
+    reference = linear_bias(x.double(), w.double(), v.double(), b.double())
+    judge("right", eager, eager, reference)
+    with pytest.raises(AssertionError, match="norm error"):
+        judge("wrong", linear_bias(x, w, v, b + 0.05), eager, reference)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("lead", [(5,), (2, 3)], ids=["2d", "3d"])
+@pytest.mark.parametrize("fn", [value_transposed, input_transposed, addend_transposed])
+def test_unusual_strides(fn: Callable[..., Tensor], lead: tuple[int, ...], grad: bool) -> None:
+    """Rows that are not contiguous: fused or left alone, with eager's strides in both cases."""
+    result = run_form(Form("", fn, lead=lead, grad=grad))
+    result.check()
+    graph = result.report.graphs[0]
+    assert graph.fused + len(graph.rejections) == 1
+
+
+def test_rows_that_depend_on_data() -> None:
+    """A number of rows that is known at run time only, as behind a mask."""
+
+    def masked(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        keep = v[:, 0] > 0
+        return torch.sigmoid(F.linear(x[keep], w)) * v[keep]
+
+    inputs = make_inputs(masked, lead=(16,))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        result = compile_and_compare(masked, inputs, fullgraph=True)
+    result.check()
+    (graph,) = result.report.graphs
+    assert graph.fused + len(graph.rejections) == 1
+
+
+def test_gate_in_a_branch() -> None:
+    """Sub-graphs of control flow are compiled on their own."""
+
+    def branch(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        gated = torch.cond(x.sum() > 0, linear, lambda x, w, v: torch.tanh(v), (x, w, v))
+        return gated + 1
+
+    x, w, v = make_inputs(linear)
+    for sign in (1, -1):
+        result = compile_and_compare(branch, (sign * x.abs(), w, v), fullgraph=True)
+        result.check()
+        assert all(r.reason for r in result.report.rejections)

@@ -1,0 +1,417 @@
+"""What must be left alone: not one bit of the output changes, and the report says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from forms import H, float_linear, linear, product_sum
+from harness import compile_and_compare, find, op_nodes, post_grad_graph
+from torch import Tensor
+
+from gatefuse.matcher import find_sites
+
+HEADS = 4
+
+
+def elementwise_gate(x: Tensor, w_full: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w_full)) * v
+
+
+def elementwise_gate_on_width_one(x: Tensor, w: Tensor, v1: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w)) * v1
+
+
+def affine_logit(x: Tensor, w: Tensor, v: Tensor, s: Tensor, b: Tensor) -> Tensor:
+    """Hyper-connections: scale and offset between logit and sigmoid, an epsilon behind it."""
+    return (torch.sigmoid(F.linear(x, w) * s + b) + 1e-6) * v
+
+
+def scaled_logit(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w) * 0.5) * v
+
+
+def shifted_logit(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w) - 1.0) * v
+
+
+def negated_logit(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(-F.linear(x, w)) * v
+
+
+def clamped_logit(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w).clamp(-3, 3)) * v
+
+
+def nonlinear_logit(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(torch.tanh(F.linear(x, w))) * v
+
+
+def max_logit(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid((x * w).amax(-1, keepdim=True)) * v
+
+
+def mean_logit(x: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(x.sum(-1, keepdim=True)) * v
+
+
+def bilinear_logit(x: Tensor, v: Tensor) -> Tensor:
+    """Two rows multiplied: neither factor is one row of weights."""
+    return torch.sigmoid((x * v).sum(-1, keepdim=True)) * v
+
+
+def sum_over_rows(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid((x * w).sum(0, keepdim=True)) * v
+
+
+def logit_is_input(z: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(z) * v
+
+
+def gate_plus_epsilon(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return (torch.sigmoid(F.linear(x, w)) + 1e-3) * v
+
+
+def gate_scaled(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return (torch.sigmoid(F.linear(x, w)) * 2.0) * v
+
+
+def gate_squared(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    gate = torch.sigmoid(F.linear(x, w))
+    return (gate * gate) * v
+
+
+def gate_divides(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return v / torch.sigmoid(F.linear(x, w))
+
+
+def lerp(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    gate = torch.sigmoid(F.linear(x, w))
+    return torch.lerp(r, v, gate)
+
+
+def lerp_written_out(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    gate = torch.sigmoid(F.linear(x, w))
+    return gate * v + (1 - gate) * r
+
+
+def one_gate_for_several_heads(x3: Tensor, w: Tensor, v_heads: Tensor) -> Tensor:
+    gate = torch.sigmoid(F.linear(x3, w))
+    return v_heads * gate.unsqueeze(-1)
+
+
+def wider_than_value(x3: Tensor, w: Tensor, v4: Tensor) -> Tensor:
+    """[B, S, 1, H] * [B, S, hc, 1]: the product is wider than the value, and than the gate."""
+    gate = torch.sigmoid(F.linear(x3, w))
+    return v4 * gate.unsqueeze(-2).expand(-1, -1, 3, -1)
+
+
+def value_broadcast_over_rows(x: Tensor, w: Tensor, norm: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w)) * norm
+
+
+def gate_broadcast_over_rows(x3: Tensor, w: Tensor, v3: Tensor) -> Tensor:
+    """One gate per sequence, from its first token, on all of its tokens."""
+    return torch.sigmoid(F.linear(x3[:, :1], w)) * v3
+
+
+def transposed_rows(x_square: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """The gates as a row: gate j scales column j."""
+    return torch.sigmoid(F.linear(x_square, w)).t() * v
+
+
+def per_head_gate(x: Tensor, w_heads: Tensor, v: Tensor) -> Tensor:
+    gate = torch.sigmoid(F.linear(x, w_heads)).unsqueeze(-1)
+    return (v.view(-1, HEADS, H // HEADS) * gate).flatten(1)
+
+
+def permuted_batch(x3: Tensor, w: Tensor, v3: Tensor) -> Tensor:
+    """Gates of other rows: the first two dimensions are exchanged on the way."""
+    return torch.sigmoid(F.linear(x3.transpose(0, 1), w)).reshape(2, 3, 1) * v3
+
+
+def router(x: Tensor, w_heads: Tensor) -> tuple[Tensor, Tensor]:
+    """A sigmoid router: top-k of the scores, no multiply with a row of values."""
+    scores = torch.sigmoid(F.linear(x, w_heads))
+    weights, indices = scores.topk(2, dim=-1)
+    return weights / weights.sum(-1, keepdim=True), indices
+
+
+def gate_only(x: Tensor, w: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w))
+
+
+def softplus_gate(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return F.softplus(F.linear(x, w)) * v
+
+
+def tanh_gate(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.tanh(F.linear(x, w)) * v
+
+
+def silu_mlp(x: Tensor, w_full: Tensor, v: Tensor) -> Tensor:
+    return F.silu(F.linear(x, w_full)) * v
+
+
+def delta_net_beta(x3: Tensor, w_heads: Tensor, v3: Tensor) -> Tensor:
+    """A DeltaNet beta: one sigmoid per head, on keys and values of that head."""
+    beta = torch.sigmoid(F.linear(x3, w_heads)).transpose(1, 2).unsqueeze(-1)
+    v = v3.view(2, 3, HEADS, H // HEADS).transpose(1, 2)
+    return v * beta
+
+
+def batched_weights(x3: Tensor, w_batch: Tensor, v3: Tensor) -> Tensor:
+    """One row of weights per batch element."""
+    return torch.sigmoid(torch.bmm(x3, w_batch)) * v3
+
+
+def bias_per_row(x: Tensor, w: Tensor, v: Tensor, z: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w) + z) * v
+
+
+def two_linears(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w) + F.linear(v, w)) * v
+
+
+def scaled_addmm(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    return torch.sigmoid(torch.addmm(b, x, w.t(), beta=0.5, alpha=2.0)) * v
+
+
+def integer_value(x: Tensor, w: Tensor, n: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w)) * n
+
+
+def integer_logit(n: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(n.sum(-1, keepdim=True)) * v
+
+
+def complex_value(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
+    return torch.view_as_real(torch.sigmoid(F.linear(x, w)) * c)
+
+
+def value_from_logit(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The value depends on the logit, and the logit leaves the graph: no order works."""
+    z = F.linear(x, w)
+    return torch.sigmoid(z) * (v + z), z
+
+
+def dropout_gate(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return F.dropout(torch.sigmoid(F.linear(x, w)), 0.5, training=True) * v
+
+
+_SHAPES: dict[str, tuple[int, ...]] = {
+    "x": (5, H), "v": (5, H), "r": (5, H), "w": (1, H), "b": (1,), "s": (1,), "z": (5, 1),
+    "v1": (5, 1), "norm": (H,), "w_full": (H, H), "w_heads": (HEADS, H), "x_square": (H, H),
+    "x3": (2, 3, H), "v3": (2, 3, H), "v4": (2, 3, 1, H), "v_heads": (2, 3, HEADS, 16),
+    "w_batch": (2, H, 1), "n": (5, H), "c": (5, H),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Negative:
+    """fn: left alone. candidates: sigmoids in it, each of which must be rejected."""
+
+    id: str
+    fn: Callable[..., Any]
+    dtype: torch.dtype = torch.float32
+    candidates: int = 1
+    coordinate_descent: bool = False
+    grad: bool = False
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        code = self.fn.__code__
+        names = code.co_varnames[: code.co_argcount]
+        dtypes = {"n": torch.int64, "c": torch.complex64} | self.dtypes
+        made = [torch.randn(_SHAPES[n]).mul(2).to(dtypes.get(n, self.dtype)) for n in names]
+        return tuple(t.requires_grad_(self.grad and t.is_floating_point()) for t in made)
+
+
+BF16 = torch.bfloat16
+
+NEGATIVES = [
+    Negative("elementwise-gate", elementwise_gate, BF16),
+    Negative("elementwise-gate-train", elementwise_gate, grad=True),
+    Negative("value-one-wide", elementwise_gate_on_width_one),
+    Negative("affine-logit", affine_logit, BF16),
+    Negative("affine-logit-cdt", affine_logit, BF16, coordinate_descent=True),
+    Negative("scaled-logit", scaled_logit),
+    Negative("scaled-logit-cdt", scaled_logit, coordinate_descent=True),
+    Negative("shifted-logit", shifted_logit),
+    Negative("negated-logit", negated_logit),
+    Negative("clamped-logit", clamped_logit),
+    Negative("nonlinear-logit", nonlinear_logit, BF16),
+    Negative("max-logit", max_logit),
+    Negative("mean-logit", mean_logit),
+    Negative("bilinear-logit", bilinear_logit),
+    Negative("sum-over-rows", sum_over_rows),
+    Negative("logit-is-input", logit_is_input, BF16),
+    Negative("gate-plus-epsilon", gate_plus_epsilon),
+    Negative("gate-scaled", gate_scaled),
+    Negative("gate-squared", gate_squared),
+    Negative("gate-divides", gate_divides),
+    Negative("lerp", lerp),
+    Negative("lerp-written-out", lerp_written_out),
+    Negative("lerp-written-out-bf16", lerp_written_out, BF16),
+    Negative("one-gate-for-several-heads", one_gate_for_several_heads),
+    Negative("wider-than-value", wider_than_value),
+    Negative("value-broadcast-over-rows", value_broadcast_over_rows),
+    Negative("gate-broadcast-over-rows", gate_broadcast_over_rows),
+    Negative("transposed-rows", transposed_rows),
+    Negative("per-head-gate", per_head_gate, BF16),
+    Negative("permuted-batch", permuted_batch),
+    Negative("router", router),
+    Negative("gate-only", gate_only, BF16),
+    Negative("softplus-gate", softplus_gate, candidates=0),
+    Negative("tanh-gate", tanh_gate, candidates=0),
+    Negative("silu-mlp", silu_mlp, candidates=0),
+    Negative("delta-net-beta", delta_net_beta),
+    Negative("batched-weights", batched_weights),
+    Negative("bias-per-row", bias_per_row),
+    Negative("two-linears", two_linears),
+    Negative("scaled-addmm", scaled_addmm),
+    Negative("fp64", linear, torch.float64),
+    Negative("fp64-value", linear, dtypes={"v": torch.float64}),
+    Negative("integer-value", integer_value),
+    Negative("integer-logit", integer_logit),
+    Negative("complex-value", complex_value),
+    Negative("value-from-logit", value_from_logit),
+    Negative("dropout-gate", dropout_gate),
+]
+
+
+@pytest.mark.parametrize("negative", NEGATIVES, ids=lambda negative: negative.id)
+def test_left_alone(negative: Negative) -> None:
+    torch.manual_seed(0)
+    result = compile_and_compare(
+        negative.fn,
+        negative.inputs(),
+        grad=negative.grad,
+        coordinate_descent=negative.coordinate_descent,
+        alone=True,
+    )
+    result.check_identical()
+    forward = [g for g in result.report.graphs if g.phase != "backward"]
+    assert result.report.fused == 0
+    assert [len(g.sites) for g in forward] == [0]
+    assert [len(g.rejections) for g in forward] == [negative.candidates]
+    for rejection in result.report.rejections:
+        assert rejection.reason
+        assert rejection.node
+    for graph in forward:
+        assert graph.after is None or op_nodes(graph.after) == 0
+
+
+# --- writes to memory -------------------------------------------------------------------------
+# Functionalisation makes most of them harmless: then the site may be fused. It is never wrong.
+
+
+def input_written_between(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    z = F.linear(x, w)
+    x.mul_(2.0)
+    return torch.sigmoid(z) * v, x
+
+
+def weight_written_between(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    z = F.linear(x, w)
+    w.zero_()
+    return torch.sigmoid(z) * v, w
+
+
+def value_written_between(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    gate = torch.sigmoid(F.linear(x, w))
+    v[1:].add_(1.0)
+    return gate * v, v
+
+
+def logit_written(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    z = F.linear(x, w)
+    y = torch.sigmoid(z) * v
+    z.zero_()
+    return y + z
+
+
+def gate_written(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    gate = torch.sigmoid(F.linear(x, w))
+    y = gate * v
+    gate.add_(1.0)
+    return y, gate
+
+
+def value_gated_in_place(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    v.mul_(torch.sigmoid(F.linear(x, w)))
+    return v
+
+
+def output_written(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    y = torch.sigmoid(F.linear(x, w)) * v
+    y[0].zero_()
+    return y.add_(1.0)
+
+
+def added_in_place(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    r.add_(torch.sigmoid(F.linear(x, w)) * v)
+    return r
+
+
+def addend_written_later(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+    y = torch.sigmoid(F.linear(x, w)) * v
+    out = r + y
+    r.copy_(y)
+    return out, r
+
+
+def input_is_output_buffer(x: Tensor, w: Tensor) -> Tensor:
+    x.copy_(torch.sigmoid(F.linear(x, w)) * x)
+    return x
+
+
+WRITES = [
+    input_written_between,
+    weight_written_between,
+    value_written_between,
+    logit_written,
+    gate_written,
+    value_gated_in_place,
+    output_written,
+    added_in_place,
+    addend_written_later,
+    input_is_output_buffer,
+]
+
+
+@pytest.mark.parametrize("fn", WRITES, ids=lambda fn: fn.__name__.replace("_", "-"))
+def test_writes(fn: Callable[..., Any]) -> None:
+    inputs = Negative("", fn).inputs()
+    result = compile_and_compare(fn, inputs, mutates=True)
+    result.check()
+    (graph,) = result.report.graphs
+    assert graph.fused + len(graph.rejections) == 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "dtype", "reader"),
+    [
+        (linear, torch.float32, torch.ops.aten.mm.default),
+        (linear, torch.float32, torch.ops.aten.sigmoid.default),
+        (product_sum, torch.float32, torch.ops.aten.mul.Tensor),
+        (float_linear, torch.bfloat16, torch.ops.prims.convert_element_type.default),
+    ],
+    ids=["after-linear", "after-sigmoid", "after-product", "after-conversion"],
+)
+def test_write_in_the_graph(fn: Callable[..., Any], dtype: torch.dtype, reader: Any) -> None:
+    """A graph that writes to the input after it was read: the op would read it too late."""
+    x, w, v = Negative("", fn, dtype).inputs()
+    graph = post_grad_graph(fn, (x, w, v))
+    assert len(find_sites(graph)[0]) == 1
+    source = next(iter(graph.nodes))
+    with graph.inserting_after(find(graph, reader)[0]):
+        graph.call_function(torch.ops.aten.copy_.default, (source, source))
+    sites, rejections = find_sites(graph)
+    assert not sites
+    assert len(rejections) == 1
+    assert "written" in rejections[0].reason
