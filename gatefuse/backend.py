@@ -167,8 +167,8 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> report.R
             for t in torch.utils._pytree.tree_leaves(out)
             if isinstance(t, torch.Tensor) and t.requires_grad
         ]
-        if leaves:
-            inputs = [p for p in _parameters(model, args, kwargs) if p.requires_grad]
+        inputs = [p for p in _parameters(model, args, kwargs) if p.requires_grad]
+        if leaves and inputs:
             torch.autograd.grad([t.sum() for t in leaves], inputs, allow_unused=True)
     if (reason := compat.unsupported_reason()) is not None:
         result.note = reason
