@@ -341,3 +341,9 @@ def test_spread_abandons_what_outlasts_the_deadline(monkeypatch: pytest.MonkeyPa
     begin = time.monotonic()
     assert list(spread(work, ["sleep", "one"], 1, begin + 1)) == []
     assert time.monotonic() - begin < 60
+
+
+def test_tables_of_the_readme_are_those_of_the_committed_results() -> None:
+    from benchmarks import readme
+
+    assert readme.main(["--check"]) == 0
