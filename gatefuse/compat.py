@@ -15,6 +15,7 @@ import torch
 __all__ = [
     "TESTED_TORCH",
     "append_pass",
+    "drops_rounding_casts",
     "graph_phase",
     "inductor_options",
     "passes_of",
@@ -103,6 +104,12 @@ def remove_pass(hook: Any) -> Any:
     passes = passes_of(hook)
     others = [p for p in passes if not isinstance(p, GateFusionPass)]
     return hook if len(others) == len(passes) else _hook_of(others)
+
+
+def drops_rounding_casts(device_type: str) -> bool:
+    """Whether Inductor's code for the device keeps a value in float32 where its IR converts it to a
+    narrower type and back: its C++ did so before PyTorch 2.13."""
+    return device_type == "cpu" and _torch_version() < (2, 13)
 
 
 def inductor_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:

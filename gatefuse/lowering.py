@@ -32,7 +32,7 @@ from torch._inductor.lowering import to_dtype as lower_to_dtype
 from torch._inductor.virtualized import V, ops
 from torch.fx import Node
 
-from gatefuse import choices, report
+from gatefuse import choices, compat, report
 
 __all__ = ["choose_placement", "register"]
 
@@ -211,9 +211,13 @@ def _round_to(x: Any, dtype: torch.dtype) -> Any:
     """Round float32 values to ``dtype`` and back; Inductor would drop a plain pair of casts."""
     if dtype == torch.float32:
         return x
+    through_bits = compat.drops_rounding_casts(x.get_device().type)
 
     def inner(v: Any) -> Any:
         low = ops.to_dtype(v, dtype, src_dtype=torch.float32, use_compute_types=False)
+        if through_bits:
+            bits = ops.to_dtype_bitcast(low, torch.int16, dtype)
+            low = ops.to_dtype_bitcast(bits, dtype, torch.int16)
         return ops.to_dtype(low, torch.float32, src_dtype=dtype, use_compute_types=False)
 
     return make_pointwise(inner, override_return_dtype=torch.float32)(x)

@@ -145,6 +145,26 @@ def product_sum_vec(x: Tensor, w_vec: Tensor, v: Tensor) -> Tensor:
     return torch.sigmoid((w_vec * x).sum(-1)).unsqueeze(-1) * v
 
 
+def padded(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """As Inductor pads products on CUDA: zeros behind rows, width and columns, cut off again."""
+    product = F.pad(x, [0, 2, 0, 3]) @ F.pad(w.t(), [0, 7, 0, 2])
+    return torch.sigmoid(product[:-3][:, :-7]) * v
+
+
+def padded_columns(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid((x @ F.pad(w.t(), [0, 7]))[:, :-7]) * v
+
+
+def padded_addmm(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    return torch.sigmoid(torch.addmm(b, x, F.pad(w.t(), [0, 7]))[:, :-7]) * v
+
+
+def padded_with_ones(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """A bias by padding: the padding is part of the linear."""
+    product = F.pad(x, [0, 2], value=1.0) @ F.pad(w.t(), [0, 0, 0, 2], value=0.5)
+    return torch.sigmoid(product) * v
+
+
 def functional_sigmoid(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
     return F.sigmoid(F.linear(x, w)) * v
 
@@ -305,6 +325,12 @@ def rows_then_3d_of_input(x: Tensor, w: Tensor) -> Tensor:
     return gate.view(*x.shape[:-1], 1) * torch.tanh(x)
 
 
+def permuted_input(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """Gates from rows in another order than the value's: one row of input per row of value."""
+    gate = torch.sigmoid(F.linear(x.transpose(0, 1), w))
+    return gate.reshape(*v.shape[:-1], 1) * v
+
+
 def shared_gate(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     gate = torch.sigmoid(F.linear(x, w))
     return gate * v, gate * r
@@ -401,6 +427,10 @@ FORMS = [
     Form("product-sum", product_sum),
     Form("product-sum-bf16-3d", product_sum, lead=(2, 3), dtype=BF16),
     Form("product-sum-vector", product_sum_vec, dtype=BF16),
+    Form("padded", padded),
+    Form("padded-columns-bf16", padded_columns, dtype=BF16),
+    Form("padded-addmm", padded_addmm, bias=1),
+    Form("padded-with-ones", padded_with_ones),
     Form("functional-sigmoid", functional_sigmoid),
     Form("method-sigmoid", method_sigmoid),
     Form("float-cast-back", float_cast_back, dtype=BF16),
@@ -436,6 +466,7 @@ FORMS = [
     Form("shape-chain", shape_chain),
     Form("shape-chain-expanded", shape_chain_expanded, dtype=BF16),
     Form("rows-then-3d", rows_then_3d, lead=(2, 3)),
+    Form("permuted-input", permuted_input, lead=(2, 3)),
     Form("one-token-fp32", linear, lead=(1,)),
     Form("one-token-bf16", linear, lead=(1,), dtype=BF16),
     Form("one-token-bias", linear_bias, lead=(1,), bias=1),

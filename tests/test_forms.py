@@ -77,6 +77,22 @@ def test_unusual_strides(fn: Callable[..., Tensor], lead: tuple[int, ...], grad:
     assert graph.fused + len(graph.rejections) == 1
 
 
+def test_rows_cut_off_or_padded() -> None:
+    """Fewer or more rows between linear and multiply: fused or left alone, right in both cases."""
+
+    def cut(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(F.linear(x, w)[:3]) * v[:3]
+
+    def padded(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(F.pad(x[:3], [0, 0, 0, 2]) @ w.t()) * v
+
+    for fn in (cut, padded):
+        result = compile_and_compare(fn, make_inputs(linear))
+        result.check()
+        (graph,) = result.report.graphs
+        assert graph.fused + len(graph.rejections) == 1
+
+
 def test_rows_that_depend_on_data() -> None:
     """A number of rows that is known at run time only, as behind a mask."""
 

@@ -129,11 +129,6 @@ def per_head_gate(x: Tensor, w_heads: Tensor, v: Tensor) -> Tensor:
     return (v.view(-1, HEADS, H // HEADS) * gate).flatten(1)
 
 
-def permuted_batch(x3: Tensor, w: Tensor, v3: Tensor) -> Tensor:
-    """Gates of other rows: the first two dimensions are exchanged on the way."""
-    return torch.sigmoid(F.linear(x3.transpose(0, 1), w)).reshape(2, 3, 1) * v3
-
-
 def router(x: Tensor, w_heads: Tensor) -> tuple[Tensor, Tensor]:
     """A sigmoid router: top-k of the scores, no multiply with a row of values."""
     scores = torch.sigmoid(F.linear(x, w_heads))
@@ -179,6 +174,19 @@ def two_linears(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
 
 def scaled_addmm(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
     return torch.sigmoid(torch.addmm(b, x, w.t(), beta=0.5, alpha=2.0)) * v
+
+
+def second_of_two_columns(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid((x @ torch.cat([w, 2 * w]).t())[:, 1:]) * v
+
+
+def padded_in_front(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """The product's first column is the padding."""
+    return torch.sigmoid((x @ F.pad(w.t(), [1, 7]))[:, :-8]) * v
+
+
+def every_second_row(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w)[::2]) * v[:3]
 
 
 def integer_value(x: Tensor, w: Tensor, n: Tensor) -> Tensor:
@@ -263,7 +271,6 @@ NEGATIVES = [
     Negative("gate-broadcast-over-rows", gate_broadcast_over_rows),
     Negative("transposed-rows", transposed_rows),
     Negative("per-head-gate", per_head_gate, BF16),
-    Negative("permuted-batch", permuted_batch),
     Negative("router", router),
     Negative("gate-only", gate_only, BF16),
     Negative("softplus-gate", softplus_gate, candidates=0),
@@ -274,6 +281,9 @@ NEGATIVES = [
     Negative("bias-per-row", bias_per_row),
     Negative("two-linears", two_linears),
     Negative("scaled-addmm", scaled_addmm),
+    Negative("second-of-two-columns", second_of_two_columns),
+    Negative("padded-in-front", padded_in_front),
+    Negative("every-second-row", every_second_row),
     Negative("fp64", linear, torch.float64),
     Negative("fp64-value", linear, dtypes={"v": torch.float64}),
     Negative("integer-value", integer_value),
