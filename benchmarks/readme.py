@@ -12,7 +12,17 @@ import sys
 from pathlib import Path
 
 from benchmarks import grid
-from benchmarks.report import LIMIT, ArmKey, Key, Results, collect, number, table
+from benchmarks.report import (
+    LIMIT,
+    ArmKey,
+    Key,
+    Results,
+    check,
+    collect,
+    missing,
+    number,
+    table,
+)
 from benchmarks.results import ROOT
 
 RESULTS = Path(__file__).with_name("results")
@@ -94,7 +104,25 @@ def section() -> str:
         "benchmarks/results/*.json --check` prints every arm, the other width, and each cell "
         "that misses its mark."
     )
-    return "\n\n".join([where, *chain_tables(results, grid.WIDTHS[0]), *host_table(results)])
+    parts = [where, *chain_tables(results, grid.WIDTHS[0]), *host_table(results)]
+    return "\n\n".join([*parts, *marks(results)])
+
+
+def marks(results: Results) -> list[str]:
+    """What the results miss of the marks in :mod:`benchmarks.grid`."""
+    misses = check(results, partial=True)
+    parts = []
+    if misses:
+        parts.append("Marks that are missed:")
+        parts.append("\n".join(f"- {miss}" for miss in misses))
+    lacking = {what.split(":")[0] for what in missing(results)}
+    symbolic = {cell for cell in lacking if cell.endswith(grid.SHAPES[1:])}
+    fixed = sorted(lacking - symbolic)
+    if fixed:
+        parts.append(f"Not measured yet: {', '.join(fixed)}.")
+    if symbolic:
+        parts.append(f"Not measured yet, with symbolic sizes: {len(symbolic)} cells.")
+    return parts
 
 
 def main(arguments: list[str]) -> int:
