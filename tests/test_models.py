@@ -71,17 +71,14 @@ ONE_LAYER = {"num_hidden_layers": 1}
 
 GATED = [
     Cell("qwen2_moe"),
-    Cell("qwen2_moe", BF16, dynamic=True, coordinate_descent=True),
-    Cell("qwen2_moe", BF16, train=True, config=ONE_LAYER),
-    Cell("qwen2_moe", autocast=True, train=True, dynamic=True, config=ONE_LAYER),
+    Cell("qwen2_moe", BF16, dynamic=True, train=True, coordinate_descent=True, config=ONE_LAYER),
+    Cell("qwen2_moe", autocast=True, dynamic=True, coordinate_descent=True, config=ONE_LAYER),
     Cell("qwen3_next", BF16, config=DELTA_NET),
     Cell("qwen3_next", dynamic=True, train=True, config=ONE_LAYER),
-    Cell("qwen3_next", autocast=True, coordinate_descent=True, config=ONE_LAYER),
-    Cell("qwen3_5_moe", BF16, dynamic=True),
-    Cell("qwen3_5_moe", train=True, coordinate_descent=True, config=ONE_LAYER),
-    Cell("qwen3_5_moe", autocast=True, config=ONE_LAYER),
-    Cell("qwen3_omni_moe", dynamic=True),
-    Cell("qwen3_omni_moe", BF16, train=True, coordinate_descent=True, config=ONE_LAYER),
+    Cell("qwen3_5_moe", BF16, dynamic=True, coordinate_descent=True),
+    Cell("qwen3_5_moe", autocast=True, train=True, config=ONE_LAYER),
+    Cell("qwen3_omni_moe", dynamic=True, coordinate_descent=True),
+    Cell("qwen3_omni_moe", BF16, train=True, config=ONE_LAYER),
 ]
 
 
