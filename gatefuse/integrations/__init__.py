@@ -20,13 +20,13 @@ class LazyVllmPass:
         from gatefuse.integrations import vllm
 
         if "_real" not in self.__dict__:
-            self.__dict__["_real"] = vllm.VllmGateFusionPass()
+            self.__dict__["_real"] = vllm.make_pass()
         return self.__dict__["_real"]
 
-    @property
-    def __class__(self) -> type:
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         if "vllm.compilation.passes.inductor_pass" in sys.modules:
-            return type(self._pass())
+            return self._pass().__class__
         return LazyVllmPass
 
     def __call__(self, graph: Any) -> None:

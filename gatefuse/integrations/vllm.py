@@ -25,7 +25,7 @@ from gatefuse.fusion_pass import GateFusionPass
 from gatefuse.report import COUNTERS
 from gatefuse.settings import Options
 
-__all__ = ["VllmGateFusionPass", "add_pass", "register"]
+__all__ = ["add_pass", "make_pass", "pass_of", "register"]
 
 # A child of vLLM's logger, so that vLLM's own set-up of levels and handlers applies.
 log = logging.getLogger("vllm.gatefuse")
@@ -46,7 +46,7 @@ def _pass_class() -> type:
     from vllm.compilation.passes import inductor_pass
     from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
 
-    class VllmGateFusionPass(GateFusionPass, inductor_pass.InductorPass):  # type: ignore[misc]
+    class VllmGateFusionPass(GateFusionPass, inductor_pass.InductorPass):
         """:class:`gatefuse.fusion_pass.GateFusionPass` as vLLM's pass manager takes it.
 
         before: passes that run first, on the same hook. hoisted: layers whose gate stands outside
@@ -70,12 +70,15 @@ def _pass_class() -> type:
 
         def __reduce__(self) -> Any:
             state = (self.options, self.before, tuple(self.hoisted), tuple(self.left))
-            return _make_pass, state
+            return make_pass, state
 
         def uuid(self) -> str:
             """Identifies sources, options, hoisted layers and the passes in front."""
-            parts = [_sources_hash(), super().uuid(), f"hoisted={sorted(self.hoisted)}"]
-            parts += [str(p.uuid()) for p in self.before if isinstance(p, inductor_pass.InductorPass)]
+            plain = GateFusionPass(replace(self.options, expect=0))
+            parts = [_sources_hash(), plain.uuid(), f"hoisted={sorted(self.hoisted)}"]
+            parts += [
+                str(p.uuid()) for p in self.before if isinstance(p, inductor_pass.InductorPass)
+            ]
             return " ".join(parts)
 
         def __call__(self, graph: Any) -> None:
@@ -96,7 +99,8 @@ def _pass_class() -> type:
     return VllmGateFusionPass
 
 
-def _make_pass(*state: Any) -> Any:
+def make_pass(*state: Any) -> Any:
+    """A ``VllmGateFusionPass``; its arguments are those of the class."""
     return _pass_class()(*state)
 
 
@@ -125,7 +129,7 @@ def add_pass(compilation_config: Any) -> Any:
             options = graph_pass.options
         else:
             before.append(graph_pass)
-    config[HOOK] = _make_pass(options, tuple(before))
+    config[HOOK] = make_pass(options, tuple(before))
     return config[HOOK]
 
 

@@ -8,16 +8,22 @@ compiled code of each range of sizes. A gate counts as fused if it is in all ran
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections import Counter
+from types import ModuleType
 from typing import Any
+
+import torch
 
 from gatefuse import report
 
 __all__ = ["fused_in", "install"]
 
 log = logging.getLogger("vllm.gatefuse")
+
+_LEAVES = (str, bytes, int, float, type, type(None), ModuleType, torch.Tensor, torch.nn.Module)
 
 _depth = 0
 _made: list[Any] = []
@@ -67,12 +73,16 @@ def _telling(plain: Any) -> Any:
         global _depth
         _depth += 1
         try:
-            return plain(*args, **kwargs)
+            result = plain(*args, **kwargs)
+        except BaseException:
+            _made.clear()
+            raise
         finally:
             _depth -= 1
-            if _depth == 0:
-                made, _made[:] = list(_made), []
-                _tell(made)
+        if _depth == 0:
+            made, _made[:] = list(_made), []
+            _tell(made)
+        return result
 
     return wrapper
 
@@ -94,9 +104,7 @@ def _tell(made: list[Any]) -> None:
     counted = graph_pass.counted
     gates = len(graph_pass.hoisted) + len(graph_pass.left)
     names = [name for name in ("inline", "kernel") if counted[name]]
-    placement = ", ".join(
-        name if len(names) == 1 else f"{counted[name]} {name}" for name in names
-    )
+    placement = ", ".join(name if len(names) == 1 else f"{counted[name]} {name}" for name in names)
     first = getattr(config.parallel_config, "rank", 0) == 0
     log.log(
         logging.INFO if first else logging.DEBUG,
@@ -113,33 +121,32 @@ def _tell(made: list[Any]) -> None:
 
 
 def fused_in(runnable: Any) -> Counter[str]:
-    """gatefuse's counters in compiled code, wherever in its wrappers Inductor's artifact is."""
+    """gatefuse's counters of the compiled graph that stands behind a callable.
+
+    The graph is somewhere in wrappers that differ between versions and between new and loaded code;
+    of loaded code, the artifact it came from may be there too, with equal counters.
+    """
     seen: set[int] = set()
     queue = [runnable]
-    result: Counter[str] = Counter()
+    found: list[Counter[str]] = [Counter()]
     while queue and len(seen) < 10_000:
         item = queue.pop()
-        if id(item) in seen or isinstance(item, (str, bytes, int, float, type, type(None))):
+        if id(item) in seen or isinstance(item, _LEAVES):
             continue
         seen.add(id(item))
         state = getattr(item, "__dict__", None)
-        deltas = state.get("counter_deltas") if isinstance(state, dict) else None
-        if deltas is not None:
-            for name, key in report.COUNTERS.items():
-                result[name] += deltas.get(key, 0)
-            continue
-        if isinstance(item, (list, tuple)):
+        if not isinstance(state, dict):
+            state = {}
+        if (deltas := state.get("counter_deltas")) is not None:
+            found.append(Counter({n: deltas.get(key, 0) for n, key in report.COUNTERS.items()}))
+        elif isinstance(item, (list, tuple)):
             queue.extend(item)
         elif isinstance(item, dict):
             queue.extend(item.values())
-        elif callable(item) or deltas is None:
-            if isinstance(state, dict) and not hasattr(item, "named_parameters"):
-                queue.extend(state.values())
+        else:
+            queue.extend(state.values())
+            queue += [getattr(item, name, None) for name in ("__self__", "func")]
             for cell in getattr(item, "__closure__", None) or ():
-                try:
+                with contextlib.suppress(ValueError):  # an empty cell
                     queue.append(cell.cell_contents)
-                except ValueError:  # an empty cell
-                    continue
-            queue.append(getattr(item, "__self__", None))
-            queue.append(getattr(item, "func", None))
-    return result
+    return max(found, key=lambda c: c["fused"])

@@ -85,7 +85,7 @@ def _patch(module: ModuleType) -> None:
     signature = inspect.signature(init)
 
     @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         arguments = signature.bind(self, *args, **kwargs).arguments
         expert = arguments.get("shared_experts")
@@ -93,8 +93,8 @@ def _patch(module: ModuleType) -> None:
         if held or getattr(expert, "expert_gate", None) is not None:
             _gate_found(self, runner, expert, held)
 
-    __init__.gatefuse = True  # type: ignore[attr-defined]
-    runner.__init__ = __init__
+    wrapper.gatefuse = True  # type: ignore[attr-defined]
+    runner.__init__ = wrapper
 
 
 def _runner_problem(runner: Any) -> str | None:
@@ -111,24 +111,19 @@ def _runner_problem(runner: Any) -> str | None:
     return None
 
 
-@functools.cache
-def _expert_problem(expert: type) -> str | None:
+def _expert_problem(expert: Any) -> str | None:
     """Why the class is not one whose last step is the gate."""
     try:
         source = "".join(inspect.getsource(expert.forward).split())
     except (OSError, TypeError) as e:
         return f"the source of {expert.__name__}.forward cannot be read: {e}"
-    last = (
-        "ifself.expert_gateisnotNone:"
-        "out=F.sigmoid(self.expert_gate(x)[0])*out"
-        "returnout"
-    )
+    last = "ifself.expert_gateisnotNone:out=F.sigmoid(self.expert_gate(x)[0])*outreturnout"
     if not source.endswith(last) or source.count("expert_gate") != 2:
         return f"{expert.__name__} does not end with the gate"
     return None
 
 
-def _layer_problem(runner: Any, known: type, expert: Any, held: bool) -> str | None:
+def _layer_problem(runner: Any, known: Any, expert: Any, held: bool) -> str | None:
     """Why the gate of this layer stays where it is."""
     from vllm.config import get_current_vllm_config
 
@@ -163,7 +158,7 @@ def _compiles(compilation_config: Any) -> bool:
     return compilation_config.backend == "inductor"
 
 
-def _gate_found(runner: Any, known: type, expert: Any, held: bool) -> None:
+def _gate_found(runner: Any, known: Any, expert: Any, held: bool) -> None:
     from vllm.config import get_current_vllm_config
 
     from gatefuse import settings

@@ -46,24 +46,25 @@ def main(out: str, arguments: dict[str, Any]) -> None:
         return run_backend(self, graph, example_inputs)
 
     PostGradPassManager.__call__, VllmBackend.__call__ = passes, backend
-    arguments = dict(
-        dtype="bfloat16",
-        skip_tokenizer_init=True,
-        max_model_len=128,
-        max_num_seqs=4,
-        max_logprobs=VOCABULARY,
-        seed=0,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-    ) | arguments
+    arguments = (
+        dict(
+            dtype="bfloat16",
+            skip_tokenizer_init=True,
+            max_model_len=128,
+            max_num_seqs=4,
+            max_logprobs=VOCABULARY,
+            seed=0,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+        )
+        | arguments
+    )
     if isinstance(arguments.get("compilation_config"), dict):
         config = arguments["compilation_config"]
         if config.pop("pass_object", False):
             import gatefuse
 
-            config["inductor_compile_config"] = {
-                "post_grad_custom_post_pass": gatefuse.vllm_pass
-            }
+            config["inductor_compile_config"] = {"post_grad_custom_post_pass": gatefuse.vllm_pass}
     llm = LLM(**arguments)
     params = SamplingParams(
         temperature=0,
@@ -79,6 +80,7 @@ def main(out: str, arguments: dict[str, Any]) -> None:
     from torch._dynamo.utils import counters
 
     result = {
+        "prompts": PROMPTS,
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "prompt": [
             torch.stack([table(e, VOCABULARY) for e in o.prompt_logprobs[1:]]) for o in outputs
