@@ -51,8 +51,8 @@ def _pass_class() -> type:
 
         before: passes that run first, on the same hook. hoisted: layers whose gate stands outside
         the MoE op; part of the id, for code compiled with and without the hoist is not
-        interchangeable. left: gates that stay inside, with the reason. ``options.expect`` is
-        checked for the whole engine, not for each piece of the graph.
+        interchangeable. ``options.expect`` is checked for the whole engine, not for each piece of
+        the graph.
         """
 
         def __init__(
@@ -60,17 +60,14 @@ def _pass_class() -> type:
             options: Options | None = None,
             before: tuple[Callable[..., Any], ...] = (),
             hoisted: tuple[str, ...] = (),
-            left: tuple[tuple[str, str], ...] = (),
         ) -> None:
             super().__init__(settings.resolve({}) if options is None else options)
             self.before = before
             self.hoisted = list(hoisted)
-            self.left = list(left)
             self.counted: Counter[str] = Counter()
 
         def __reduce__(self) -> Any:
-            state = (self.options, self.before, tuple(self.hoisted), tuple(self.left))
-            return make_pass, state
+            return make_pass, (self.options, self.before, tuple(self.hoisted))
 
         def uuid(self) -> str:
             """Identifies sources, options, hoisted layers and the passes in front."""

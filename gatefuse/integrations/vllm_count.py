@@ -89,7 +89,7 @@ def _telling(plain: Any) -> Any:
 
 def _tell(made: list[Any]) -> None:
     """Log the line for the pieces of a model that were compiled or loaded just now."""
-    from gatefuse.integrations import vllm
+    from gatefuse.integrations import vllm, vllm_hoist
 
     if not made:
         return
@@ -102,7 +102,7 @@ def _tell(made: list[Any]) -> None:
         if counts:
             graph_pass.counted += min(counts, key=lambda c: c["fused"])
     counted = graph_pass.counted
-    gates = len(graph_pass.hoisted) + len(graph_pass.left)
+    gates = len(graph_pass.hoisted) + vllm_hoist.left_alone(config.compilation_config)
     names = [name for name in ("inline", "kernel") if counted[name]]
     placement = ", ".join(name if len(names) == 1 else f"{counted[name]} {name}" for name in names)
     first = getattr(config.parallel_config, "rank", 0) == 0

@@ -19,6 +19,7 @@ import inspect
 import logging
 import re
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
@@ -26,13 +27,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["install"]
+__all__ = ["install", "left_alone"]
 
 log = logging.getLogger("vllm.gatefuse")
 
 RUNNER_MODULE = "vllm.model_executor.layers.fused_moe.runner.moe_runner"
 
 _logged: set[str] = set()
+_left: list[weakref.ref[Any]] = []
+
+
+def left_alone(compilation_config: Any) -> int:
+    """Number of gates of an engine that stay inside the MoE op."""
+    return sum(reference() is compilation_config for reference in _left)
 
 
 def install() -> None:
@@ -177,8 +184,7 @@ def _gate_found(runner: Any, known: Any, expert: Any, held: bool) -> None:
         if problem not in _logged:
             _logged.add(problem)
             log.info("gatefuse: shared-expert gates are left to vLLM: %s", problem)
-        if (present := vllm.pass_of(compilation_config)) is not None:
-            present.left.append((runner.layer_name, problem))
+        _left.append(weakref.ref(compilation_config))
         return
     graph_pass = vllm.add_pass(compilation_config)
     _hoist(runner, expert)
