@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--ids", action="store_true", help="token ids instead of text")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     arguments = parser.parse_args()
     try:
         from vllm import LLM, SamplingParams
@@ -33,6 +34,7 @@ def main() -> int:
         skip_tokenizer_init=arguments.ids,
         tensor_parallel_size=arguments.tensor_parallel_size,
         max_model_len=arguments.max_model_len,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
         compilation_config={"mode": 3},
     )
     if arguments.ids:

@@ -52,6 +52,7 @@ def main(out: str, arguments: dict[str, Any]) -> None:
             skip_tokenizer_init=True,
             max_model_len=128,
             max_num_seqs=4,
+            gpu_memory_utilization=0.3,  # of the machine's memory, which it may share
             max_logprobs=VOCABULARY,
             seed=0,
             enable_prefix_caching=False,

@@ -273,3 +273,36 @@ def test_pass_by_name(run: Run) -> None:
     )
     assert named.ops == GATES["qwen2_moe"]
     assert torch.equal(named.logprobs, run("qwen2_moe", "fused", NO_CACHES).logprobs)
+
+
+def test_example(place: Path) -> None:
+    """As a user runs it, with vLLM's processes; starts only if each gate is fused."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(HERE.parent.parent / "examples" / "vllm_offline.py"),
+            str(place / "models" / "qwen2_moe"),
+            *(
+                "--ids",
+                "--expect",
+                "2",
+                "--max-model-len",
+                "128",
+                "--gpu-memory-utilization",
+                "0.3",
+            ),
+        ],
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join([str(place / "site"), str(HERE)]),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CACHE_ROOT": str(place / "cache-example" / "vllm"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "gatefuse: 2 of 2 shared-expert gates fused" in done.stdout + done.stderr
