@@ -64,7 +64,7 @@ def _pass_class() -> type:
             super().__init__(settings.resolve({}) if options is None else options)
             self.before = before
             self.hoisted = list(hoisted)
-            self.counted: Counter[str] = Counter()
+            self.counted: dict[str, Counter[str]] = {}  # by compiled model
 
         def __reduce__(self) -> Any:
             return make_pass, (self.options, self.before, tuple(self.hoisted))

@@ -97,11 +97,15 @@ def _tell(made: list[Any]) -> None:
     graph_pass = vllm.pass_of(config.compilation_config)
     if graph_pass is None or not graph_pass.hoisted:
         return
+    # A model that is compiled again, as after a cache that did not load, counts once.
+    model = str(getattr(getattr(made[0], "vllm_backend", None), "prefix", ""))
+    this: Counter[str] = Counter()
     for piece in made:
         counts = [fused_in(entry.runnable) for entry in piece.range_entries.values()]
         if counts:
-            graph_pass.counted += min(counts, key=lambda c: c["fused"])
-    counted = graph_pass.counted
+            this += min(counts, key=lambda c: c["fused"])
+    graph_pass.counted[model] = this
+    counted: Counter[str] = sum(graph_pass.counted.values(), Counter())
     gates = len(graph_pass.hoisted) + vllm_hoist.left_alone(config.compilation_config)
     names = [name for name in ("inline", "kernel") if counted[name]]
     placement = ", ".join(name if len(names) == 1 else f"{counted[name]} {name}" for name in names)
