@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 from collections import Counter
 from types import ModuleType
 from typing import Any
@@ -103,7 +104,7 @@ def _tell(made: list[Any]) -> None:
     for piece in made:
         counts = [fused_in(entry.runnable) for entry in piece.range_entries.values()]
         if counts:
-            this += min(counts, key=lambda c: c["fused"])
+            this.update(min(counts, key=operator.itemgetter("fused")))
     graph_pass.counted[model] = this
     counted: Counter[str] = sum(graph_pass.counted.values(), Counter())
     gates = len(graph_pass.hoisted) + vllm_hoist.left_alone(config.compilation_config)
