@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gatefuse.integrations import LazyVllmPass
 from gatefuse.ops import linear_sigmoid_mul, linear_sigmoid_mul_reference
 from gatefuse.settings import Options
 
@@ -26,7 +27,12 @@ __all__ = [
     "linear_sigmoid_mul_reference",
     "options",
     "record",
+    "vllm_pass",
 ]
+
+#: For vLLM's ``inductor_passes``: the string "gatefuse.vllm_pass". It is looked up in this module's
+#: ``__dict__``, so that it cannot be made on demand.
+vllm_pass = LazyVllmPass()
 
 _LAZY = {
     "FusionError": "gatefuse.report",

@@ -25,6 +25,7 @@ def run(name: str, *arguments: str, **variables: str) -> subprocess.CompletedPro
 
 def test_every_example_is_tested() -> None:
     tested = {"handwritten_gate.py", "transformers_model.py", "dump_graphs.py"}
+    tested.add("vllm_offline.py")  # with vLLM in tests/vllm_cpu
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -70,3 +71,11 @@ def test_dump_graphs_without_depyf(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "depyf is not installed" in done.stdout
     assert (tmp_path / "dump" / "report.json").is_file()
+
+
+def test_vllm_offline_without_vllm(tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text("raise ImportError('hidden')\n")
+    path = os.pathsep.join([str(tmp_path), str(EXAMPLES.parent)])
+    done = run("vllm_offline.py", "model", PYTHONPATH=path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "needs vLLM" in done.stderr

@@ -1,0 +1,103 @@
+"""Runs one vLLM engine in this process and tells what it did.
+
+Usage: python engine.py OUT.pt '{"model": folder, ...LLM arguments}'
+
+OUT.pt holds a dict: tokens and log-probabilities of all tokens of the vocabulary (at each position
+of the prompts and for each new token), the graphs after vLLM's passes, vLLM's hash of the
+configuration, vLLM's match table, and gatefuse's counter.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+PROMPTS = [[(7 * i + 3 * p + 5) % 500 + 3 for i in range(n)] for p, n in enumerate((24, 9, 17))]
+NEW_TOKENS = 6
+
+
+def table(entry: dict[int, Any], size: int) -> torch.Tensor:
+    row = torch.full((size,), float("nan"), dtype=torch.float64)
+    for token, logprob in entry.items():
+        row[token] = logprob.logprob
+    return row
+
+
+def main(out: str, arguments: dict[str, Any]) -> None:
+    from tiny import VOCABULARY
+    from vllm import LLM, SamplingParams
+    from vllm.compilation.backends import VllmBackend
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
+
+    graphs: list[str] = []
+    traced: list[str] = []
+    run_passes, run_backend = PostGradPassManager.__call__, VllmBackend.__call__
+
+    def passes(self: Any, graph: Any) -> None:
+        run_passes(self, graph)
+        graphs.append(str(graph))
+
+    def backend(self: Any, graph: Any, example_inputs: Any) -> Any:
+        traced.append(graph.code)
+        return run_backend(self, graph, example_inputs)
+
+    PostGradPassManager.__call__, VllmBackend.__call__ = passes, backend
+    arguments = (
+        dict(
+            dtype="bfloat16",
+            skip_tokenizer_init=True,
+            max_model_len=128,
+            max_num_seqs=4,
+            gpu_memory_utilization=0.3,  # of the machine's memory, which it may share
+            max_logprobs=VOCABULARY,
+            seed=0,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+        )
+        | arguments
+    )
+    if isinstance(arguments.get("compilation_config"), dict):
+        config = arguments["compilation_config"]
+        if config.pop("pass_object", False):
+            import gatefuse
+
+            config["inductor_compile_config"] = {"post_grad_custom_post_pass": gatefuse.vllm_pass}
+    llm = LLM(**arguments)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=NEW_TOKENS,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=VOCABULARY,
+        prompt_logprobs=VOCABULARY,
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
+    )
+    from torch._dynamo.utils import counters
+
+    result = {
+        "prompts": PROMPTS,
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "prompt": [
+            torch.stack([table(e, VOCABULARY) for e in o.prompt_logprobs[1:]]) for o in outputs
+        ],
+        "new": [
+            torch.stack([table(e, VOCABULARY) for e in o.outputs[0].logprobs]) for o in outputs
+        ],
+        "graphs": graphs,
+        "traced": traced,
+        "hash": llm.llm_engine.vllm_config.compute_hash(),
+        "matches": dict(VllmPatternMatcherPass.match_table),
+        "counter": counters["inductor"]["gatefuse_fused"],
+        "mode": llm.llm_engine.vllm_config.compilation_config.mode.name,
+    }
+    torch.save(result, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

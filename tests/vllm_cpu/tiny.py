@@ -1,0 +1,163 @@
+"""Tiny Qwen2-MoE and Qwen3-Next checkpoints with random weights, the same in every run.
+
+A folder holds config.json and a bfloat16 model.safetensors in the layout of Hugging Face. There is
+no tokenizer: prompts are token ids.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+VOCABULARY = 512
+
+_SHARED: dict[str, Any] = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=128,
+    intermediate_size=256,
+    moe_intermediate_size=64,
+    num_experts=4,
+    num_experts_per_tok=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    hidden_act="silu",
+    max_position_embeddings=512,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": _SHARED
+    | dict(
+        architectures=["Qwen2MoeForCausalLM"],
+        model_type="qwen2_moe",
+        num_hidden_layers=2,
+        shared_expert_intermediate_size=128,
+        norm_topk_prob=False,
+    ),
+    # Three layers with a gated delta net and one with attention, as in the real model.
+    "qwen3_next": _SHARED
+    | dict(
+        architectures=["Qwen3NextForCausalLM"],
+        model_type="qwen3_next",
+        num_hidden_layers=4,
+        shared_expert_intermediate_size=64,
+        norm_topk_prob=True,
+        head_dim=32,
+        full_attention_interval=4,
+        partial_rotary_factor=0.25,
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+    ),
+}
+
+
+def build(folder: Path, name: str) -> Path:
+    """Write the model `name` of CONFIGS to a folder; returns the folder."""
+    config = CONFIGS[name]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key: _values(key, shape, generator, name == "qwen3_next")
+        for key, shape in _shapes(config).items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    H, shapes = c["hidden_size"], {}
+    shapes["model.embed_tokens.weight"] = (c["vocab_size"], H)
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (H,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (H,)
+        if c["model_type"] == "qwen2_moe":
+            shapes |= _attention(f"{layer}.self_attn", c, H // c["num_attention_heads"])
+        elif (i + 1) % c["full_attention_interval"] == 0:
+            shapes |= _gated_attention(f"{layer}.self_attn", c)
+        else:
+            shapes |= _delta_net(f"{layer}.linear_attn", c)
+        shapes[f"{layer}.mlp.gate.weight"] = (c["num_experts"], H)
+        shapes[f"{layer}.mlp.shared_expert_gate.weight"] = (1, H)
+        shapes |= _mlp(f"{layer}.mlp.shared_expert", H, c["shared_expert_intermediate_size"])
+        for e in range(c["num_experts"]):
+            shapes |= _mlp(f"{layer}.mlp.experts.{e}", H, c["moe_intermediate_size"])
+    shapes["model.norm.weight"] = (H,)
+    shapes["lm_head.weight"] = (c["vocab_size"], H)
+    return shapes
+
+
+def _mlp(prefix: str, H: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}.gate_proj.weight": (width, H),
+        f"{prefix}.up_proj.weight": (width, H),
+        f"{prefix}.down_proj.weight": (H, width),
+    }
+
+
+def _attention(prefix: str, c: dict[str, Any], head: int) -> dict[str, tuple[int, ...]]:
+    H, shapes = c["hidden_size"], {}
+    sizes = dict(q=c["num_attention_heads"], k=c["num_key_value_heads"], v=c["num_key_value_heads"])
+    for which, heads in sizes.items():
+        shapes[f"{prefix}.{which}_proj.weight"] = (heads * head, H)
+        shapes[f"{prefix}.{which}_proj.bias"] = (heads * head,)
+    shapes[f"{prefix}.o_proj.weight"] = (H, c["num_attention_heads"] * head)
+    return shapes
+
+
+def _gated_attention(prefix: str, c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    head = c["head_dim"]
+    shapes = _attention(prefix, c, head)
+    shapes = {key: shape for key, shape in shapes.items() if not key.endswith("bias")}
+    # Queries come with a gate of the same size; queries and keys are normalised.
+    shapes[f"{prefix}.q_proj.weight"] = (
+        2 * c["num_attention_heads"] * head,
+        c["hidden_size"],
+    )
+    return shapes | {f"{prefix}.q_norm.weight": (head,), f"{prefix}.k_norm.weight": (head,)}
+
+
+def _delta_net(prefix: str, c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    H, heads = c["hidden_size"], c["linear_num_value_heads"]
+    keys = c["linear_num_key_heads"] * c["linear_key_head_dim"]
+    values = heads * c["linear_value_head_dim"]
+    return {
+        f"{prefix}.in_proj_qkvz.weight": (2 * keys + 2 * values, H),
+        f"{prefix}.in_proj_ba.weight": (2 * heads, H),
+        f"{prefix}.conv1d.weight": (2 * keys + values, 1, c["linear_conv_kernel_dim"]),
+        f"{prefix}.A_log": (heads,),
+        f"{prefix}.dt_bias": (heads,),
+        f"{prefix}.norm.weight": (c["linear_value_head_dim"],),
+        f"{prefix}.out_proj.weight": (H, values),
+    }
+
+
+def _values(
+    key: str, shape: tuple[int, ...], generator: torch.Generator, next_norms: bool
+) -> torch.Tensor:
+    """Normal values, of a size that keeps activations near 1."""
+    values = torch.randn(shape, generator=generator)
+    if key.endswith("A_log"):
+        values = values.abs()
+    elif "norm" in key:
+        # Qwen3-Next multiplies by 1 + weight, except in its delta net.
+        values = 0.05 * values + float(not next_norms or "linear_attn" in key)
+    elif "embed_tokens" not in key:
+        values *= 0.1 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
+    return values.bfloat16()
