@@ -299,6 +299,7 @@ def test_example(place: Path) -> None:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CACHE_ROOT": str(place / "cache-example" / "vllm"),
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "0",  # the suite's own setting is 1
         },
         capture_output=True,
         text=True,
