@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import gatefuse
 from gatefuse import compat, settings
+from gatefuse.backend import gatefuse_backend
 
 __all__ = ["MODELS", "DemoError", "DemoResult", "run_demo"]
 
@@ -272,6 +273,12 @@ def _differences(
     return found, problems
 
 
+def _backend() -> Any:
+    """The backend's name, or the backend itself where gatefuse is not installed but only found."""
+    names = torch._dynamo.list_backends(exclude_tags=())
+    return "gatefuse" if "gatefuse" in names else gatefuse_backend
+
+
 def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
     model = _model(name, wide=False, device=device, dtype=dtype)
     ids = torch.randint(0, model.config.vocab_size, CHECK_TOKENS, device=device)
@@ -282,7 +289,7 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
     with _fresh_compilation():
         inductor = _forward(torch.compile(model, fullgraph=True), ids)
     with _fresh_compilation(), gatefuse.record() as report:
-        fused = _forward(torch.compile(model, backend="gatefuse", fullgraph=True), ids)
+        fused = _forward(torch.compile(model, backend=_backend(), fullgraph=True), ids)
 
     differences, problems = _differences(eager, inductor, fused, reference, dtype)
     gates = _gates(model)
@@ -341,7 +348,7 @@ def _time(name: str, device: torch.device, say: Callable[[str], None]) -> list[T
             torch.compiler.reset()
             inductor = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
             fused = torch.compile(
-                model, backend="gatefuse", mode=mode, fullgraph=True, dynamic=False
+                model, backend=_backend(), mode=mode, fullgraph=True, dynamic=False
             )
             calls = [functools.partial(_forward, compiled, ids) for compiled in (inductor, fused)]
             timings.append(Timing(mode, phase, batch * length, *_median_ms(calls, device)))

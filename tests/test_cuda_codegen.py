@@ -1,0 +1,195 @@
+"""What Inductor generates for CUDA around the gate, asked on any machine; see cuda_codegen.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+import torch.nn.functional as F
+from cuda_codegen import Code, cuda_codegen, local_memory, on_cuda
+from forms import BF16, FORMS, FP16, Form, addend_bias, linear, make_inputs
+from harness import check_report
+from torch import Tensor
+
+import gatefuse
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
+]
+
+#: Fake tensors on a device that is not there have no backward; the emulated forms are the CPU's.
+_INFERENCE = [f for f in FORMS if not f.grad and not f.coordinate_descent and not f.autocast]
+
+
+def generate(
+    fn: Callable[..., Any],
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype = BF16,
+    dynamic: bool | None = False,
+    fuse: bool = True,
+    rows: bool = False,
+    **options: Any,
+) -> tuple[Code, gatefuse.Report]:
+    """Compile `fn` for CUDA; `rows`: dimension 0 of the first shape and of its like is symbolic."""
+    torch._dynamo.reset()
+    with cuda_codegen() as generated, gatefuse.record() as report, torch.no_grad():
+        inputs = [torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes]
+        if rows:
+            for t in inputs:
+                if t.shape[0] == shapes[0][0]:
+                    torch._dynamo.mark_dynamic(t, 0)
+        use = gatefuse.options(**options) if fuse else {}
+        torch.compile(fn, fullgraph=True, dynamic=dynamic, options=use)(*inputs)
+    return generated.code, report
+
+
+@pytest.mark.parametrize("tuning", [False, True], ids=["default", "coordinate-descent"])
+@pytest.mark.parametrize("form", _INFERENCE, ids=lambda form: form.id)
+def test_forms(form: Form, tuning: bool) -> None:
+    """CUDA's decompositions write each form differently from the CPU's."""
+    with (
+        inductor_config.patch(coordinate_descent_tuning=tuning),
+        cuda_codegen() as generated,
+        gatefuse.fusing() as report,
+        torch.no_grad(),
+    ):
+        dynamic = {"all": True, "rows": None, "": False}[form.dynamic]
+        torch.compile(form.fn, dynamic=dynamic)(*map(on_cuda, form.inputs()))
+    check_report(form, report)
+    assert "gatefuse.linear_sigmoid_mul" not in generated.code.source  # no call by the dispatcher
+
+
+# --- between neighbours that Inductor generates code for ----------------------------------------
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def glue(res: Tensor, routed: Tensor, v: Tensor, router: Tensor, n: Tensor, w: Tensor) -> Any:
+    """What stands between a decoder layer's matrix products."""
+    x = norm(res, n)
+    res = res + (routed + torch.sigmoid(F.linear(x, w)) * v)
+    return F.linear(x, router), res, norm(res, n)
+
+
+def glue_without_gate(res: Tensor, routed: Tensor, v: Tensor, router: Tensor, n: Tensor) -> Any:
+    x = norm(res, n)
+    res = res + (routed + v)
+    return F.linear(x, router), res, norm(res, n)
+
+
+def glue_shapes(h: int, rows: int = 777) -> list[tuple[int, ...]]:
+    return [(rows, h)] * 3 + [(64, h), (h,), (1, h)]
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["static", "dynamic-rows"])
+@pytest.mark.parametrize("h", [1024, 2048, 3584, 8192])
+def test_glue_needs_no_launch_for_the_gate(h: int, rows: bool) -> None:
+    code, report = generate(glue, glue_shapes(h), rows=rows)
+    without, _ = generate(glue_without_gate, glue_shapes(h)[:-1], rows=rows)
+    assert [site.placement for site in report.sites] == ["inline"]
+    assert len(code.launches) <= len(without.launches)
+    assert code.launches.count("extern_kernels.mm") == 1  # the router's
+    assert not code.user_kernels
+
+
+def test_rows_with_a_gate_stay_in_registers() -> None:
+    """Looped, the rows would be read once for each of the three reductions."""
+    wide = 8192
+    assert all(k.startswith("triton_per_") for k in generate(glue, glue_shapes(wide))[0].kernels)
+    # A row that is too wide, and kernels without a gate, are left to Inductor.
+    assert "triton_red_" in "".join(generate(glue, glue_shapes(2 * wide))[0].kernels)
+    shapes = glue_shapes(2048)[:-1]
+    kernels = [generate(glue_without_gate, shapes, fuse=fuse)[0].kernels for fuse in (True, False)]
+    assert kernels[0] == kernels[1]
+    assert any(k.startswith("triton_red_") for k in kernels[0])
+
+
+@pytest.mark.parametrize("h", [2048, 4096, 8192])
+def test_rows_in_registers_fit(h: int, tmp_path: Path) -> None:
+    code, _ = generate(glue, glue_shapes(h))
+    (kernel,) = code.kernels
+    assert local_memory(code, kernel, tmp_path) == 0
+
+
+# --- islands ----------------------------------------------------------------------------------
+
+
+def island(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    return r + torch.sigmoid(F.linear(x, w)) * v
+
+
+def between_products(x: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(torch.sigmoid(F.linear(x, w)) * F.linear(x, up), down)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("rows", [False, True], ids=["static", "dynamic-rows"])
+def test_island_is_one_launch(dtype: torch.dtype, rows: bool) -> None:
+    shapes = [(64, 2048), (1, 2048), (64, 2048), (64, 2048)]
+    code, report = generate(island, shapes, dtype, rows=rows)
+    assert len(code.launches) == 1
+    assert code.user_kernels == code.launches
+    assert [site.placement for site in report.sites] == ["kernel"]
+    inline, report = generate(island, shapes, dtype, rows=rows, placement="inline")
+    assert len(inline.launches) == len(inline.kernels) == 1
+    assert [site.placement for site in report.sites] == ["inline"]
+
+
+def test_the_kernel_keeps_its_alignment() -> None:
+    """Without the hint that rows are multiples of 16 its loads would not be vectorised."""
+    shapes = [(64, 2048), (1, 2048), (64, 2048), (64, 2048)]
+    code, _ = generate(island, shapes, rows=True)
+    tensors = ("input_ptr", "weight_ptr", "value_ptr", "addend_ptr", "out_ptr")
+    strides = ("input_stride", "value_stride", "addend_stride", "out_stride")
+    assert code.divisible_by_16(code.user_kernels[0]) >= {*tensors, *strides}
+
+
+def test_matrix_products_are_no_neighbours() -> None:
+    shapes = [(64, 2048), (1, 2048), (512, 2048), (2048, 512)]
+    code, report = generate(between_products, shapes)
+    assert code.launches.count("extern_kernels.mm") == 2
+    assert len(code.launches) == 3
+    assert [site.placement for site in report.sites] == ["kernel"]
+
+
+def test_symbolic_width_is_inline() -> None:
+    shapes = [(64, 2048), (1, 2048), (64, 2048), (64, 2048)]
+    code, report = generate(island, shapes, dynamic=True)
+    assert len(code.launches) == len(code.kernels) == 1
+    assert [site.placement for site in report.sites] == ["inline"]
+
+
+def test_eager_rounding_rounds_in_the_generated_code() -> None:
+    shapes = [(64, 2048), (1, 2048), (64, 2048), (64, 2048)]
+    code, report = generate(island, shapes, eager_rounding=True)
+    assert [site.placement for site in report.sites] == ["inline"]
+    assert code.source.count(".to(tl.bfloat16)") >= 3  # logit, gate and product
+    plain, _ = generate(island, shapes, placement="inline")
+    assert plain.source.count(".to(tl.bfloat16)") < 3
+
+
+@pytest.mark.skipif(
+    torch.__version__ < torch.torch_version.TorchVersion("2.13"),
+    reason="this PyTorch compiles the kernels before it writes the wrapper",
+)
+@pytest.mark.parametrize("placement", ["inline", "kernel"])
+def test_cpp_wrapper(placement: str) -> None:
+    with inductor_config.patch(cpp_wrapper=True):
+        inputs = [tuple(t.shape) for t in make_inputs(addend_bias, lead=(9,))]
+        code, report = generate(addend_bias, inputs, placement=placement)
+    assert [site.placement for site in report.sites] == [placement]
+    assert "gatefuse::linear_sigmoid_mul" not in code.source
+
+
+def test_bias_and_no_addend() -> None:
+    code, _ = generate(linear, [(64, 2048), (1, 2048), (64, 2048)], placement="kernel")
+    assert code.divisible_by_16(code.user_kernels[0]).isdisjoint({"bias_ptr", "addend_ptr"})
