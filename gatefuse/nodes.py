@@ -155,14 +155,9 @@ def row_source(node: Node, width: Any) -> Node | None:
 
 
 def weight_source(node: Node, width: Any) -> Node:
-    """The parameter behind a weight operand: as far up as it is ``[1, width]`` or ``[width]``.
-
-    All dimensions but one have size 1, so no transpose on the way can reorder the elements.
-    """
+    """The parameter behind a weight operand: as far up as it is ``[1, width]`` or ``[width]``."""
     best = current = node
-    while (
-        current.op == "call_function" and (current.target in _TRANSPOSES or is_shape_op(current))
-    ) or (is_float_conversion(current) and widens(current)):
+    while is_shape_op(current) or (is_float_conversion(current) and widens(current)):
         current = source_of(current)
         val = val_of(current)
         if val is not None and val.dim() in (1, 2) and known(val.shape[-1] == width):
