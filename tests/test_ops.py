@@ -166,3 +166,20 @@ def test_op_in_a_compiled_function_is_lowered():
     out, code = run_and_get_code(compiled, **ops)
     assert_close(out, ops)
     assert "torch.ops.gatefuse" not in "".join(code)
+
+
+def test_op_in_a_compiled_function_keeps_float64():
+    ops = operands((6,), 32, 32, torch.float64)
+    ops["input"] = ops["input"].bfloat16()
+    out = torch.compile(gatefuse.linear_sigmoid_mul)(**ops)
+    torch.testing.assert_close(out, gatefuse.linear_sigmoid_mul_reference(**ops))
+
+
+def test_op_in_a_compiled_function_rounds_once():
+    """The option emulates what eager does, and eagerly the op rounds once."""
+    ops = operands((16,), 64, 64, torch.bfloat16, addend=False)
+    plain = torch.compile(gatefuse.linear_sigmoid_mul)(**ops)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        out = torch.compile(gatefuse.linear_sigmoid_mul)(**ops)
+    assert torch.equal(out, plain)
