@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,8 +50,13 @@ def _writes_memory(target: Any) -> bool:
     return target is operator.setitem
 
 
-def upstream(starts: list[Node], lowest: int, order: Order) -> Iterator[Node]:
-    """Nodes that ``starts`` depend on, themselves included, not before position ``lowest``."""
+def upstream(
+    starts: list[Node], lowest: int, order: Order, further: Mapping[Node, list[Node]]
+) -> Iterator[Node]:
+    """Nodes that ``starts`` depend on, themselves included, not before position ``lowest``.
+
+    further: nodes that a node will depend on besides its inputs.
+    """
     seen: set[Node] = set()
     stack = [n for n in starts if order[n] >= lowest]
     while stack:
@@ -60,4 +65,5 @@ def upstream(starts: list[Node], lowest: int, order: Order) -> Iterator[Node]:
             continue
         seen.add(node)
         yield node
-        stack.extend(n for n in node.all_input_nodes if order[n] >= lowest)
+        inputs = (*node.all_input_nodes, *further.get(node, ()))
+        stack.extend(n for n in inputs if order[n] >= lowest)
