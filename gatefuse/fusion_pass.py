@@ -125,11 +125,13 @@ class GateFusionPass(CustomGraphPass):
                 report.Report([entry]).save(Path(dump) / f"{os.getpid()}.{entry.name}")
             except OSError as e:
                 log.warning("gatefuse: GATEFUSE_DUMP: %s", e)
-        if phase != "backward" and entry.fused < self.options.expect:
-            raise report.FusionError(
-                f"gatefuse: expected at least {self.options.expect} fused gates in the graph, "
-                f"fused {entry.fused}.\n{report.Report([entry])}"
-            )
+        if phase in ("inference", "forward") and self.options.expect > 0:
+            fused = entry.fused + _fused_in_subgraphs(graph)
+            if fused < self.options.expect:
+                raise report.FusionError(
+                    f"gatefuse: expected at least {self.options.expect} fused gates in the graph, "
+                    f"fused {fused}.\n{report.Report([entry])}"
+                )
 
     def _rewrite(self, graph: Graph, sites: list[Site], entry: report.GraphReport) -> None:
         """Replace the sites and note them in ``entry``; the graph stays as it was on an error."""
@@ -187,6 +189,17 @@ def _graphs_wanted() -> bool:
         log.isEnabledFor(logging.DEBUG)
         or utils.lazy_format_graph_code.__module__ != "torch._dynamo.utils"
     )
+
+
+def _fused_in_subgraphs(graph: Graph) -> int:
+    """Op nodes in the bodies of the graph's higher-order operators."""
+    fused = 0
+    for name in {node.target for node in graph.find_nodes(op="get_attr")}:
+        module = getattr(graph.owning_module, name, None)
+        if isinstance(module, GraphModule):
+            nodes = module.graph.nodes
+            fused += sum(META_KEY in n.meta for n in nodes) + _fused_in_subgraphs(module.graph)
+    return fused
 
 
 def _readable(graph: Graph, name: str) -> str | None:

@@ -78,7 +78,8 @@ class RejectionReport:
 class GraphReport:
     """One compiled graph.
 
-    phase: ``"inference"``, ``"forward"``, ``"backward"``; ``"unknown"`` for a graph from a cache.
+    phase: ``"inference"``, ``"forward"``, ``"backward"``; ``"subgraph"`` for the body of a
+    higher-order operator, such as a branch; ``"unknown"`` for a graph from a cache.
     before, after: readable code of the graph around the pass, where something was fused.
     """
 

@@ -25,7 +25,7 @@ class Options:
         does, instead of once at the end. ``torch._inductor.config.emulate_precision_casts`` turns
         it on as well.
     expect: raise :class:`gatefuse.FusionError` where a forward or inference graph compiled with
-        these options has fewer fused sites than this. 0 expects nothing. In
+        these options has, subgraphs included, fewer fused sites than this. 0 expects nothing. In
         :func:`gatefuse.fusing` it counts over all graphs compiled in the block instead.
     """
 

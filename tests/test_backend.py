@@ -146,6 +146,25 @@ def test_backend_expect() -> None:
         run(backend=BACKEND, options={"gatefuse.expect": 2})
 
 
+def gate_beside_a_branch(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return linear(x, w, torch.cond(x.sum() > 0, torch.sin, torch.cos, (v,)))
+
+
+def gate_in_a_branch(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, linear, lambda x, w, v: torch.cos(v), (x, w, v))
+
+
+@pytest.mark.parametrize("fn", [gate_beside_a_branch, gate_in_a_branch])
+def test_expect_counts_a_graph_with_its_subgraphs(fn: Callable[..., Any]) -> None:
+    """A branch without a gate is no failure, and a gate in a branch counts."""
+    with torch.no_grad(), gatefuse.record() as report:
+        torch.compile(fn, backend=BACKEND, options={"gatefuse.expect": 1})(*make_inputs(fn))
+    assert report.fused == 1
+    assert [g.phase for g in report.graphs] == ["subgraph", "subgraph", "inference"]
+    with torch.no_grad(), pytest.raises(Exception, match="expected at least 2 .* fused 1"):
+        torch.compile(fn, backend=BACKEND, options={"gatefuse.expect": 2})(*make_inputs(fn))
+
+
 def test_cpp_wrapper() -> None:
     report = run(linear_bias, backend=BACKEND, options={"cpp_wrapper": True})
     assert report.fused == 1
