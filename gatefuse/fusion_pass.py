@@ -16,6 +16,7 @@ import math
 import operator
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ class GateFusionPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """Identifies sources and options, for Inductor's cache key."""
-        disabled = settings.disabled_by_environment()
-        return f"gatefuse {_sources_hash()} {self.options!r} disabled={disabled}"
+        off = settings.disabled_by_environment() or compat.unsupported_reason() is not None
+        return f"gatefuse {_sources_hash()} {self.options!r} off={off}"
 
     def __call__(self, graph: Graph) -> None:
         if settings.disabled_by_environment():
@@ -139,7 +140,13 @@ class GateFusionPass(CustomGraphPass):
         for site in sites:
             key = f"{entry.name}/{site.sigmoid.name}/{os.getpid()}"
             try:
-                new = rewriter.rewrite(site, key)
+                try:
+                    new = rewriter.rewrite(site, key)
+                except _DifferentResult:
+                    if site.addend is None:
+                        raise
+                    site = replace(site, anchor=site.mul, addend=None, value_views=())
+                    new = rewriter.rewrite(site, key)
             except Exception as e:
                 if isinstance(e, _DifferentResult):
                     reason = str(e)
