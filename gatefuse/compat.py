@@ -5,7 +5,6 @@ The only module that looks at a version. Everything else asks here.
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+
+from gatefuse import settings
 
 __all__ = [
     "TESTED_TORCH",
@@ -43,7 +44,7 @@ def unsupported_reason() -> str | None:
     first, last = TESTED_TORCH
     if first <= version <= last:
         return None
-    if version > last and os.environ.get("GATEFUSE_ALLOW_UNTESTED_TORCH", "") not in ("", "0"):
+    if version > last and settings.flag("GATEFUSE_ALLOW_UNTESTED_TORCH"):
         return None
     advice = (
         "upgrade PyTorch"

@@ -19,6 +19,8 @@ from typing import Any
 from torch._dynamo.exc import ShortenTraceback
 from torch.fx import Node
 
+from gatefuse import compat, settings
+
 __all__ = [
     "FusionError",
     "GraphReport",
@@ -96,7 +98,10 @@ class GraphReport:
 
 @dataclass
 class Report:
-    """What gatefuse did to the graphs compiled while this report was open."""
+    """What gatefuse did to the graphs compiled while this report was open.
+
+    note: why it fuses nothing in this process, if so.
+    """
 
     graphs: list[GraphReport] = field(default_factory=list)
     note: str | None = None
@@ -274,6 +279,9 @@ def record() -> Iterator[Report]:
     from torch._dynamo.callback import callback_handler
 
     recorder = _Recorder()
+    recorder.report.note = compat.unsupported_reason()
+    if settings.disabled_by_environment():
+        recorder.report.note = "GATEFUSE_DISABLE is set"
 
     def compiled(_: Any) -> None:
         with _lock:
