@@ -243,6 +243,8 @@ def _site(
             raise NoMatch("the value depends on the logit")
         if addend is not None and depends([addend]):
             anchor, addend, views = mul, None, ()
+        if order.draws_between(logit, anchor) > 1:  # what reads the logit moves behind the op
+            raise NoMatch("random numbers are drawn between the linear and the multiply")
         if logit_shape_op(logit, linear.input) is None:
             raise NoMatch("the logit is used elsewhere, in a shape that is not one per row")
     return Site(

@@ -341,6 +341,21 @@ def test_values_that_depend_on_other_gates(fn: Callable[..., Any], sites: int) -
     assert "depends on the logit" in rejection.reason
 
 
+def draws_from_the_gate(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    gate = torch.sigmoid(F.linear(x, w))
+    counts = torch.poisson(gate.expand(5, H))
+    return gate * (v + torch.rand_like(v)), counts
+
+
+def test_random_numbers_keep_their_order() -> None:
+    """With eager's generator, what is drawn first gets the first numbers."""
+    with torch._inductor.config.patch(fallback_random=True):
+        result = compile_and_compare(draws_from_the_gate, Negative("", linear).inputs(), alone=True)
+    result.check_identical()
+    (rejection,) = result.report.rejections
+    assert "random" in rejection.reason
+
+
 # --- writes to memory -------------------------------------------------------------------------
 # Functionalisation makes most of them harmless: then the site may be fused. It is never wrong.
 
