@@ -33,6 +33,7 @@ from torch._inductor.virtualized import V, ops
 from torch.fx import Node
 
 from gatefuse import choices, compat, report
+from gatefuse.nodes import TRANSPOSES, VIEWS
 
 __all__ = ["choose_placement", "register"]
 
@@ -153,21 +154,11 @@ def _made_by_inductor(operand: Any) -> bool:
             return isinstance(data, (ir.Loops, ir.ComputedBuffer))
 
 
-_NO_COMPUTATION = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.permute.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.alias.default,
-    aten.expand.default,
-    aten.as_strided.default,
-}
+_NO_COMPUTATION = (
+    VIEWS
+    | TRANSPOSES
+    | {aten.slice.Tensor, aten.select.int, aten.expand.default, aten.as_strided.default}
+)
 _EXTERN = {
     aten.mm.default,
     aten.addmm.default,
