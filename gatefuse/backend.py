@@ -41,6 +41,11 @@ def options(
 
     Raises TypeError or ValueError on an unknown or wrong gatefuse option.
     """
+    if not isinstance(inductor_options, Mapping | None):
+        raise TypeError(
+            f"gatefuse: inductor_options is of type {type(inductor_options).__name__}; expected a "
+            "mapping of Inductor's options, or None"
+        )
     opts = resolve(gatefuse_options)
     result = {key.replace("-", "_"): value for key, value in (inductor_options or {}).items()}
     if _usable():
@@ -56,6 +61,8 @@ def enable(**gatefuse_options: Any) -> None:
     """Add the pass to every later Inductor compilation of this process.
 
     Calling it again only replaces the options. Passes already on the hook keep running, first.
+    Since PyTorch 2.13 Inductor's configuration belongs to a thread: other threads that compile call
+    it too, or use the backend or :func:`options`, which go with the model.
     """
     opts = resolve(gatefuse_options)
     if _usable():
@@ -87,7 +94,7 @@ def fusing(**gatefuse_options: Any) -> Iterator[report.Report]:
             disable()
             if ours:
                 setattr(config, HOOK, compat.append_pass(getattr(config, HOOK), ours[0]))
-    if result.fused < expect:
+    if result.fused < expect and not disabled_by_environment():
         raise report.FusionError(
             f"gatefuse: expected at least {expect} fused gates, fused {result.fused}.\n{result}"
         )
@@ -144,7 +151,13 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> report.R
     Inductor's caches are off for it, so that every site and rejection is seen. Compilations made
     before are left alone. Options come from the environment, or from a surrounding
     :func:`gatefuse.fusing`.
+
+    Raises TypeError if ``model`` cannot be called.
     """
+    if not callable(model):
+        raise TypeError(
+            f"gatefuse: model is of type {type(model).__name__}; expected a module or a function"
+        )
     opts = resolve({})
     for graph_pass in compat.passes_of(getattr(config, HOOK)):
         if isinstance(graph_pass, GateFusionPass):
@@ -160,7 +173,11 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> report.R
         config.patch(force_disable_caches=True),
         torch._dynamo.config.patch(recompile_limit=64),
     ):
-        compiled = torch.compile(model, backend=backend)
+        if isinstance(model, torch.nn.Module) and model._compiled_call_impl is not None:
+            # After model.compile() a call of the model would run what was compiled then.
+            compiled = torch.compile(model._call_impl, backend=backend)
+        else:
+            compiled = torch.compile(model, backend=backend)
         out = compiled(*args, **kwargs)
         leaves = [
             t
@@ -170,10 +187,6 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> report.R
         inputs = [p for p in _parameters(model, args, kwargs) if p.requires_grad]
         if leaves and inputs:
             torch.autograd.grad([t.sum() for t in leaves], inputs, allow_unused=True)
-    if (reason := compat.unsupported_reason()) is not None:
-        result.note = reason
-    elif disabled_by_environment():
-        result.note = "GATEFUSE_DISABLE is set"
     return result
 
 

@@ -43,7 +43,7 @@ def install() -> None:
 def _keep_row(features: Any) -> bool:
     try:
         return _row_with_gate_fits(features)
-    except AttributeError:  # internals of a version that looks different
+    except Exception:  # internals of a version that looks different
         log.warning("gatefuse: kernels are left to Inductor's choice", exc_info=True)
         return False
 

@@ -5,12 +5,15 @@ The only module that looks at a version. Everything else asks here.
 
 from __future__ import annotations
 
-import os
+import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
+
+from gatefuse import settings
 
 __all__ = [
     "TESTED_TORCH",
@@ -41,7 +44,7 @@ def unsupported_reason() -> str | None:
     first, last = TESTED_TORCH
     if first <= version <= last:
         return None
-    if version > last and os.environ.get("GATEFUSE_ALLOW_UNTESTED_TORCH", "") not in ("", "0"):
+    if version > last and settings.flag("GATEFUSE_ALLOW_UNTESTED_TORCH"):
         return None
     advice = (
         "upgrade PyTorch"
@@ -120,7 +123,14 @@ def inductor_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any
 
 def graph_phase(graph: torch.fx.Graph) -> str:
     """``"inference"``, ``"forward"`` (of training) or ``"backward"``, by the names that AOTAutograd
-    gives to the inputs of a graph."""
+    gives to the inputs of a graph; ``"subgraph"`` where Inductor is at the body of a higher-order
+    operator, which it does before the graph that calls it."""
+    if _depth_of_subgraph() > 0:
+        return "subgraph"
+    from torch._dynamo import compiled_autograd
+
+    if compiled_autograd.in_compiled_autograd_region:
+        return "backward"
     phase = "inference"
     for node in graph.find_nodes(op="placeholder"):
         if node.name.startswith("tangents_"):
@@ -128,3 +138,13 @@ def graph_phase(graph: torch.fx.Graph) -> str:
         if node.name.startswith("primals_"):
             phase = "forward"
     return phase
+
+
+def _depth_of_subgraph() -> int:
+    # Nothing in a subgraph tells that it is one: the function that runs the passes calls itself.
+    frame: FrameType | None = sys._getframe()
+    depth = -1
+    while frame is not None:
+        depth += frame.f_code.co_name == "_recursive_post_grad_passes"
+        frame = frame.f_back
+    return depth

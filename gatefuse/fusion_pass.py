@@ -16,6 +16,7 @@ import math
 import operator
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from gatefuse import compat, report, settings
 from gatefuse.matcher import Site, find_sites, logit_shape_op, site_dtype
+from gatefuse.nodes import known, same_shape
 from gatefuse.settings import Options
 
 __all__ = ["GateFusionPass", "PassSequence"]
@@ -83,8 +85,8 @@ class GateFusionPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """Identifies sources and options, for Inductor's cache key."""
-        disabled = settings.disabled_by_environment()
-        return f"gatefuse {_sources_hash()} {self.options!r} disabled={disabled}"
+        off = settings.disabled_by_environment() or compat.unsupported_reason() is not None
+        return f"gatefuse {_sources_hash()} {self.options!r} off={off}"
 
     def __call__(self, graph: Graph) -> None:
         if settings.disabled_by_environment():
@@ -103,40 +105,13 @@ class GateFusionPass(CustomGraphPass):
             log.warning("gatefuse: matching failed, the graph is left as it is", exc_info=True)
             entry.error = f"{type(e).__name__}: {e}"
             sites, rejections = [], []
-        entry.rejections = [
-            report.RejectionReport(r.node.name, report.location_of(r.node), r.reason)
-            for r in rejections
-        ]
+        entry.rejections = [_rejection_report(r.node, r.reason) for r in rejections]
         dump = settings.dump_directory()
         keep_text = bool(sites) and (dump is not None or report.recording() or _graphs_wanted())
         if keep_text:
             entry.before = _readable(graph, f"gatefuse before {entry.name}")
-        replaced: dict[Node, Node] = {}
-        erased: set[Node] = set()
-        for site in sites:
-            key = f"{entry.name}/{site.sigmoid.name}/{os.getpid()}"
-            try:
-                new = _Rewriter(graph, site, replaced, erased, self.options, key).rewrite()
-            except Exception as e:
-                if isinstance(e, _DifferentResult):
-                    reason = str(e)
-                else:
-                    log.warning("gatefuse: a site is left as it is", exc_info=True)
-                    reason = f"could not be rewritten: {type(e).__name__}: {e}"
-                entry.rejections.append(
-                    report.RejectionReport(
-                        site.sigmoid.name, report.location_of(site.sigmoid), reason
-                    )
-                )
-                continue
-            entry.sites.append(_site_report(site, new, key))
+        self._rewrite(graph, sites, entry)
         entry.fused = len(entry.sites)
-        if entry.fused:
-            if any(site.keeps_logit for site in sites):
-                from torch._inductor.pattern_matcher import stable_topological_sort
-
-                stable_topological_sort(graph)
-            graph.lint()
         if keep_text:
             entry.after = _readable(graph, f"gatefuse after {entry.name}")
         report.add_graph(entry)
@@ -147,13 +122,47 @@ class GateFusionPass(CustomGraphPass):
             len(entry.rejections),
         )
         if dump is not None:
-            single = report.Report([entry])
-            single.save(Path(dump) / f"{os.getpid()}.{entry.name}")
-        if phase != "backward" and entry.fused < self.options.expect:
-            raise report.FusionError(
-                f"gatefuse: expected at least {self.options.expect} fused gates in the graph, "
-                f"fused {entry.fused}.\n{report.Report([entry])}"
-            )
+            try:
+                report.Report([entry]).save(Path(dump) / f"{os.getpid()}.{entry.name}")
+            except OSError as e:
+                log.warning("gatefuse: GATEFUSE_DUMP: %s", e)
+        if phase in ("inference", "forward") and self.options.expect > 0:
+            fused = entry.fused + _fused_in_subgraphs(graph)
+            if fused < self.options.expect:
+                raise report.FusionError(
+                    f"gatefuse: expected at least {self.options.expect} fused gates in the graph, "
+                    f"fused {fused}.\n{report.Report([entry])}"
+                )
+
+    def _rewrite(self, graph: Graph, sites: list[Site], entry: report.GraphReport) -> None:
+        """Replace the sites and note them in ``entry``; the graph stays as it was on an error."""
+        rewriter = _Rewriter(graph, self.options)
+        for site in sites:
+            key = f"{entry.name}/{site.sigmoid.name}/{os.getpid()}"
+            try:
+                try:
+                    new = rewriter.rewrite(site, key)
+                except _DifferentResult:
+                    if site.addend is None:
+                        raise
+                    site = replace(site, anchor=site.mul, addend=None, value_views=())
+                    new = rewriter.rewrite(site, key)
+            except Exception as e:
+                if isinstance(e, _DifferentResult):
+                    reason = str(e)
+                else:
+                    log.warning("gatefuse: a site is left as it is", exc_info=True)
+                    reason = f"could not be rewritten: {type(e).__name__}: {e}"
+                entry.rejections.append(_rejection_report(site.sigmoid, reason))
+                continue
+            entry.sites.append(_site_report(site, new, key))
+        try:
+            rewriter.finish()
+        except Exception as e:
+            log.warning("gatefuse: rewriting failed, the graph is left as it is", exc_info=True)
+            rewriter.undo()
+            entry.error = f"{type(e).__name__}: {e}"
+            entry.sites = []
 
 
 class PassSequence(CustomGraphPass):
@@ -189,17 +198,38 @@ def _graphs_wanted() -> bool:
     )
 
 
-def _readable(graph: Graph, name: str) -> str:
-    """Code of the graph; passed to torch's graph logging on the way."""
+def _fused_in_subgraphs(graph: Graph) -> int:
+    """Op nodes in the bodies of the graph's higher-order operators."""
+    fused = 0
+    for name in {node.target for node in graph.find_nodes(op="get_attr")}:
+        module = getattr(graph.owning_module, name, None)
+        if isinstance(module, GraphModule):
+            nodes = module.graph.nodes
+            fused += sum(META_KEY in n.meta for n in nodes) + _fused_in_subgraphs(module.graph)
+    return fused
+
+
+def _readable(graph: Graph, name: str) -> str | None:
+    """Code of the graph, or None where it cannot be shown; passed to torch's graph logging."""
     from torch._dynamo import utils
 
-    root = torch.nn.Module() if graph.owning_module is None else graph.owning_module
-    module = GraphModule(root, graph)
-    log.debug("%s", utils.lazy_format_graph_code(name.replace(" ", "_"), module))
-    text = module.print_readable(
-        print_output=False, include_stride=True, include_device=True, expanded_def=True
-    )
+    owner = graph.owning_module
+    try:
+        module = GraphModule(torch.nn.Module() if owner is None else owner, graph)
+        log.debug("%s", utils.lazy_format_graph_code(name.replace(" ", "_"), module))
+        text = module.print_readable(
+            print_output=False, include_stride=True, include_device=True, expanded_def=True
+        )
+    except Exception:
+        log.warning("gatefuse: the graph cannot be shown", exc_info=True)
+        return None
+    finally:
+        graph.owning_module = owner  # making the module has changed it
     return f"# {name}\n{text}"
+
+
+def _rejection_report(sigmoid: Node, reason: str) -> report.RejectionReport:
+    return report.RejectionReport(sigmoid.name, report.location_of(sigmoid), reason)
 
 
 def _site_report(site: Site, new: Node, key: str) -> report.SiteReport:
@@ -219,73 +249,100 @@ def _site_report(site: Site, new: Node, key: str) -> report.SiteReport:
 
 
 class _Rewriter:
-    """Replaces one site by one op node; on an error the graph is as before."""
+    """Replaces sites by op nodes. Erases nothing before :meth:`finish`, so that all of it can be
+    undone."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        site: Site,
-        replaced: dict[Node, Node],
-        erased: set[Node],
-        opts: Options,
-        key: str,
-    ) -> None:
+    def __init__(self, graph: Graph, opts: Options) -> None:
         self.graph = graph
-        self.site = site
-        self.replaced = replaced
         self.options = opts
-        self.key = key
+        self.sites: list[Site] = []
         self.new: list[Node] = []
-        self.erased = erased
+        self.replaced: dict[Node, Node] = {}
+        self.users: list[tuple[Node, Node, list[Node]]] = []
+        self.order: list[Node] = []
 
-    def rewrite(self) -> Node:
-        """Returns the op node; raises where the result would not be what it replaces."""
-        site = self.site
-        if site.anchor in self.erased:
-            raise RuntimeError(f"{site.anchor} is gone after another site's rewrite")
+    def rewrite(self, site: Site, key: str) -> Node:
+        """Returns the op node; raises where the result would not be what it replaces, and leaves
+        the site as it was."""
+        before = len(self.new)
         try:
             with self.graph.inserting_before(site.anchor):
-                op, result, logit = self._insert()
+                op, result, logit = self._insert(site)
         except Exception:
-            for node in reversed(self.new):
-                self.graph.erase_node(node)
+            self._erase_new(before)
             raise
+        op.meta[META_KEY] = {
+            "key": key,
+            "placement": self.options.placement,
+            "eager_rounding": self.options.eager_rounding,
+            "logit_dtype": site.logit.meta["val"].dtype,
+            "gate_dtype": site.chain[-1].meta["val"].dtype,
+            "product_dtype": site.mul.meta["val"].dtype,
+        }
         if logit is not None:
-            site.logit.replace_all_uses_with(logit)
-            self.replaced[site.logit] = logit
-        site.anchor.replace_all_uses_with(result)
-        self.replaced[site.anchor] = result
-        dead = [site.anchor, *reversed(site.value_views), site.mul, *reversed(site.chain)]
-        for node in dict.fromkeys(dead):
-            if node not in self.erased and not node.users:
-                self._erase(node)
+            self._replace(site.logit, logit)
+        self._replace(site.anchor, result)
+        self.sites.append(site)
         return op
 
-    def _erase(self, node: Node) -> None:
-        """Erase a node and what only it needed: views, conversions and the like, no inputs."""
-        sources = node.all_input_nodes
-        self.graph.erase_node(node)
-        self.erased.add(node)
-        for source in sources:
-            if not source.users and source.op == "call_function" and not source.is_impure():
-                self._erase(source)
+    def finish(self) -> None:
+        """Bring the graph in order and erase what nobody uses any more."""
+        if not self.sites:
+            return
+        if any(site.keeps_logit for site in self.sites):
+            from torch._inductor.pattern_matcher import stable_topological_sort
+
+            self.order = list(self.graph.nodes)
+            stable_topological_sort(self.graph)
+        self.graph.lint()
+        # The rest of a site goes with what it leads to, or stays because something else uses it.
+        self._erase_unused([n for site in self.sites for n in (site.logit, site.anchor)])
+
+    def undo(self) -> None:
+        """Put the graph back, after an error before anything was erased."""
+        for old, new, users in reversed(self.users):
+            for user in users:
+                user.replace_input_with(new, old)
+        for node, following in itertools.pairwise(self.order):
+            node.append(following)
+        self._erase_new(0)
+
+    def _erase_new(self, start: int) -> None:
+        for node in reversed(self.new[start:]):
+            self.graph.erase_node(node)
+        del self.new[start:]
+
+    def _erase_unused(self, stack: list[Node]) -> None:
+        """Erase nodes that nobody uses, and what only they needed: views, conversions and the like,
+        no inputs of the graph."""
+        erased = set[Node]()
+        while stack:
+            node = stack.pop()
+            if node.users or node in erased or node.op != "call_function" or node.is_impure():
+                continue
+            erased.add(node)
+            sources = node.all_input_nodes
+            self.graph.erase_node(node)
+            stack.extend(sources)
+
+    def _replace(self, old: Node, new: Node) -> None:
+        self.users.append((old, new, old.replace_all_uses_with(new)))
+        self.replaced[old] = new
 
     def _now(self, node: Node) -> Node:
         """The node that stands for ``node`` after the rewrites so far."""
         while node in self.replaced:
             node = self.replaced[node]
-        if node in self.erased:
-            raise RuntimeError(f"{node} is gone after another site's rewrite")
         return node
 
-    def _call(self, target: Any, *args: Any) -> Node:
+    def _call(self, site: Site, target: Any, *args: Any) -> Node:
         """A new node with shape metadata, attributed to the source line of the site."""
         node = self.graph.call_function(target, args)
         self.new.append(node)
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-            if name in self.site.anchor.meta:
-                node.meta[name] = self.site.anchor.meta[name]
-        mode = getattr(self.site.anchor.meta["val"], "fake_mode", None)
+            if name in site.anchor.meta:
+                node.meta[name] = site.anchor.meta[name]
+        mode = getattr(site.anchor.meta["val"], "fake_mode", None)
         shape_env = getattr(mode, "shape_env", None)
         with contextlib.ExitStack() as stack:
             if mode is not None:
@@ -295,52 +352,44 @@ class _Rewriter:
             node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
         return node
 
-    def _insert(self) -> tuple[Node, Node, Node | None]:
+    def _insert(self, site: Site) -> tuple[Node, Node, Node | None]:
         """Insert the op and what it needs: (op, node of the result, node of the logit or None)."""
-        site = self.site
+        call = functools.partial(self._call, site)
         input, weight, value = (self._now(n) for n in (site.input, site.weight, site.value))
         bias = None if site.bias is None else self._now(site.bias)
         addend = None if site.addend is None else self._now(site.addend)
-        if weight.meta["val"].dim() != 2 or weight.meta["val"].shape[0] != 1:
-            weight = self._call(aten.reshape.default, weight, [1, -1])
+        if weight.meta["val"].dim() != 2 or not known(weight.meta["val"].shape[0] == 1):
+            weight = call(aten.reshape.default, weight, [1, -1])
         if bias is not None and bias.meta["val"].dim() != 1:
-            bias = self._call(aten.reshape.default, bias, [1])
+            bias = call(aten.reshape.default, bias, [1])
 
         # The op's dtype is its operands' promotion; conversions that were peeled off the operands
         # may have made the result wider, explicit ones behind the gate may have made it narrower.
         wanted = site.anchor.meta["val"].dtype
         given = torch.promote_types(site_dtype(site), wanted)
         if given != site_dtype(site):
-            value = self._call(prims.convert_element_type.default, value, wanted)
+            value = call(prims.convert_element_type.default, value, wanted)
         for view in site.value_views:
             args = (self._now(a) if isinstance(a, Node) else a for a in view.args[1:])
-            value = self._call(view.target, value, *args)
+            value = call(view.target, value, *args)
 
         operands = (input, weight, bias, value, addend)
         logit: Node | None = None
         if site.keeps_logit:
             dtype = site.logit.meta["val"].dtype
-            op = self._call(torch.ops.gatefuse.linear_sigmoid_mul_logit.default, *operands, dtype)
-            result = self._call(operator.getitem, op, 0)
-            logit = self._call(operator.getitem, op, 1)
+            op = call(torch.ops.gatefuse.linear_sigmoid_mul_logit.default, *operands, dtype)
+            result = call(operator.getitem, op, 0)
+            logit = call(operator.getitem, op, 1)
             shape_op = logit_shape_op(site.logit, site.input)
             assert shape_op is not None
             if shape_op[0] is not aten.alias.default:
-                logit = self._call(shape_op[0], logit, *shape_op[1])
+                logit = call(shape_op[0], logit, *shape_op[1])
             _check_same(logit.meta["val"], site.logit.meta["val"], strides=False)
         else:
-            result = op = self._call(torch.ops.gatefuse.linear_sigmoid_mul.default, *operands)
+            result = op = call(torch.ops.gatefuse.linear_sigmoid_mul.default, *operands)
         if given != wanted:
-            result = self._call(prims.convert_element_type.default, result, wanted)
+            result = call(prims.convert_element_type.default, result, wanted)
         _check_same(result.meta["val"], site.anchor.meta["val"])
-        op.meta[META_KEY] = {
-            "key": self.key,
-            "placement": self.options.placement,
-            "eager_rounding": self.options.eager_rounding,
-            "logit_dtype": site.logit.meta["val"].dtype,
-            "gate_dtype": site.chain[-1].meta["val"].dtype,
-            "product_dtype": site.mul.meta["val"].dtype,
-        }
         return op, result, logit
 
 
@@ -353,12 +402,9 @@ def _check_same(new: torch.Tensor, old: torch.Tensor, strides: bool = True) -> N
 
     Strides of a logit do not count: those of a padded product are Inductor's own doing.
     """
-    from torch.fx.experimental.symbolic_shapes import statically_known_true as known
-
     if new.dtype != old.dtype:
         raise _DifferentResult(f"the op would return {new.dtype}, not {old.dtype}")
-    same_shape = new.dim() == old.dim() and all(known(a == b) for a, b in zip(new.shape, old.shape))
-    if not same_shape:
+    if not same_shape(new.shape, old.shape):
         raise _DifferentResult(
             f"shape {tuple(new.shape)} of the op's result cannot be shown to be {tuple(old.shape)}"
         )

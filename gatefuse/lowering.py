@@ -33,6 +33,7 @@ from torch._inductor.virtualized import V, ops
 from torch.fx import Node
 
 from gatefuse import choices, compat, report
+from gatefuse.nodes import TRANSPOSES, VIEWS
 
 __all__ = ["choose_placement", "register"]
 
@@ -75,8 +76,10 @@ def _place(
     logit_dtype: torch.dtype | None,
 ) -> tuple[Any, Any]:
     node = V.graph.current_node
+    # What the pass has written to the node: nothing where a model calls the op by itself, which
+    # rounds once, as it does eagerly.
     meta = node.meta.get("gatefuse", {})
-    rounding = bool(meta.get("eager_rounding")) or config.emulate_precision_casts
+    rounding = bool(meta) and (meta["eager_rounding"] or config.emulate_precision_casts)
     problem = _kernel_problem(input, weight, bias, value, addend)
     if problem is None and rounding:
         problem = "the kernel rounds once, and eager rounding was asked for"
@@ -151,21 +154,11 @@ def _made_by_inductor(operand: Any) -> bool:
             return isinstance(data, (ir.Loops, ir.ComputedBuffer))
 
 
-_NO_COMPUTATION = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.permute.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.alias.default,
-    aten.expand.default,
-    aten.as_strided.default,
-}
+_NO_COMPUTATION = (
+    VIEWS
+    | TRANSPOSES
+    | {aten.slice.Tensor, aten.select.int, aten.expand.default, aten.as_strided.default}
+)
 _EXTERN = {
     aten.mm.default,
     aten.addmm.default,
@@ -250,29 +243,28 @@ def _lower_inline(
     meta: dict[str, Any],
 ) -> tuple[Any, Any]:
     choices.install()
-    f32 = torch.float32
     out_dtype = _result_dtype(input, weight, bias, value, addend)
-    linear_dtype = _result_dtype(input, weight, bias)
+    wide = torch.promote_types(torch.float32, out_dtype)
     mul, add = lowerings[aten.mul.Tensor], lowerings[aten.add.Tensor]
     row = lowerings[aten.squeeze.dim](weight, 0)
-    product = mul(lower_to_dtype(input, f32), lower_to_dtype(row, f32))
+    product = mul(lower_to_dtype(input, wide), lower_to_dtype(row, wide))
     logit = lowerings[aten.sum.dim_IntList](product, [-1], True)
     if bias is not None:
-        logit = add(logit, lower_to_dtype(lowerings[aten.reshape.default](bias, [1]), f32))
+        logit = add(logit, lower_to_dtype(lowerings[aten.reshape.default](bias, [1]), wide))
     kept = None if logit_dtype is None else lower_to_dtype(logit, logit_dtype)
     if rounding:
-        logit = _round_to(logit, meta.get("logit_dtype", linear_dtype))
+        logit = _round_to(logit, meta["logit_dtype"])
     gate = lowerings[aten.sigmoid.default](logit)
     if rounding:
-        gate = _round_to(gate, meta.get("gate_dtype", linear_dtype))
+        gate = _round_to(gate, meta["gate_dtype"])
     lead = list(value.get_size()[:-1])
     if list(gate.get_size()[:-1]) != lead:
         gate = lowerings[aten.reshape.default](gate, [*lead, 1])
-    out = (_rounded_product if rounding else mul)(gate, lower_to_dtype(value, f32))
+    out = (_rounded_product if rounding else mul)(gate, lower_to_dtype(value, wide))
     if addend is not None:
         if rounding:
-            out = _round_to(out, meta.get("product_dtype", out_dtype))
-        out = add(out, lower_to_dtype(addend, f32))
+            out = _round_to(out, meta["product_dtype"])
+        out = add(out, lower_to_dtype(addend, wide))
     return lower_to_dtype(out, out_dtype), kept
 
 

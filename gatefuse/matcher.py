@@ -182,12 +182,13 @@ def _check_dtypes(nodes: dict[str, Node | None]) -> None:
         raise NoMatch(f"operands are on several devices: {', '.join(sorted(map(str, devices)))}")
 
 
-def _match_site(sigmoid: Node, order: Order, taken: set[Node]) -> Site:
+def _match_site(sigmoid: Node, order: Order, taken: set[Node], sites: list[Site]) -> Site:
     logit, upper, linear = match_logit(sigmoid)
     products, reason = _match_muls(sigmoid)
     for lower, mul, value in products:
         try:
-            return _site(sigmoid, logit, (*upper, *lower), linear, mul, value, order, taken)
+            chain = (*upper, *lower)
+            return _site(sigmoid, logit, chain, linear, mul, value, order, taken, sites)
         except NoMatch as e:
             reason = str(e)
     raise NoMatch(reason)
@@ -202,6 +203,7 @@ def _site(
     value: Node,
     order: Order,
     taken: set[Node],
+    sites: list[Site],
 ) -> Site:
     _check_dtypes(
         {
@@ -231,14 +233,18 @@ def _site(
     if keeps_logit:
         # The op takes the place of the logit for its other users too, so none of its operands may
         # depend on it.
+        lowest, further = _rewritten_inputs(logit, sites, order)
+
         def depends(nodes: list[Node]) -> bool:
-            return not inside.isdisjoint(upstream(nodes, order[logit], order))
+            return not inside.isdisjoint(upstream(nodes, lowest, order, further))
 
         operands = [n for n in (linear.input, linear.weight, linear.bias, value) if n]
         if depends(operands):
             raise NoMatch("the value depends on the logit")
         if addend is not None and depends([addend]):
             anchor, addend, views = mul, None, ()
+        if order.draws_between(logit, anchor) > 1:  # what reads the logit moves behind the op
+            raise NoMatch("random numbers are drawn between the linear and the multiply")
         if logit_shape_op(logit, linear.input) is None:
             raise NoMatch("the logit is used elsewhere, in a shape that is not one per row")
     return Site(
@@ -255,6 +261,22 @@ def _site(
         value_views=views,
         keeps_logit=keeps_logit,
     )
+
+
+def _rewritten_inputs(
+    logit: Node, sites: list[Site], order: Order
+) -> tuple[int, dict[Node, list[Node]]]:
+    """What the logits of ``sites`` depend on once they are results of the op, for those sites that
+    matter to dependencies on ``logit``; and the position above which all of these nodes are."""
+    lowest, further = order[logit], dict[Node, list[Node]]()
+    kept = [site for site in sites if site.keeps_logit]
+    for site in sorted(kept, key=lambda site: order[site.anchor], reverse=True):
+        if order[site.anchor] < lowest:
+            break
+        operands = (site.input, site.weight, site.bias, site.value, site.addend)
+        further[site.logit] = [n for n in operands if n is not None]
+        lowest = min(lowest, order[site.logit])
+    return lowest, further
 
 
 def _adds_lerp(add: Node, mul: Node, gate: set[Node]) -> bool:
@@ -320,7 +342,7 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Rejection]]:
     taken: set[Node] = set()
     for sigmoid in graph.find_nodes(op="call_function", target=aten.sigmoid.default):
         try:
-            site = _match_site(sigmoid, order, taken)
+            site = _match_site(sigmoid, order, taken, sites)
             if site.mul in taken or any(n in taken for n in site.chain):
                 raise NoMatch("the product is part of another site")
         except NoMatch as e:

@@ -14,7 +14,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Element types whose values the op computes with exactly, in float32."""
 
 _CONVERSIONS = {prims.convert_element_type.default, aten._to_copy.default}
-_SHAPE_OPS = {
+VIEWS = {
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
@@ -24,9 +24,10 @@ _SHAPE_OPS = {
     aten.squeeze.dims,
     aten.alias.default,
     aten.detach.default,
-    aten.clone.default,
 }
-_TRANSPOSES = {aten.permute.default, aten.transpose.int, aten.t.default}
+"""Operators that keep the elements, their number and their row-major order."""
+
+TRANSPOSES = {aten.permute.default, aten.transpose.int, aten.t.default}
 _PRECISION = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1}
 
 
@@ -83,9 +84,9 @@ def is_shape_op(node: Node) -> bool:
     """An operator that keeps elements, their number and their row-major order."""
     if node.op != "call_function":
         return False
-    if node.target in _SHAPE_OPS:
+    if node.target in VIEWS or node.target is aten.clone.default:
         return True
-    if node.target in _TRANSPOSES:
+    if node.target in TRANSPOSES:
         return _moves_only_ones(node)
     if node.target is aten.expand.default:
         source, result = val_of(node.args[0]), val_of(node)
@@ -155,14 +156,9 @@ def row_source(node: Node, width: Any) -> Node | None:
 
 
 def weight_source(node: Node, width: Any) -> Node:
-    """The parameter behind a weight operand: as far up as it is ``[1, width]`` or ``[width]``.
-
-    All dimensions but one have size 1, so no transpose on the way can reorder the elements.
-    """
+    """The parameter behind a weight operand: as far up as it is ``[1, width]`` or ``[width]``."""
     best = current = node
-    while (
-        current.op == "call_function" and (current.target in _TRANSPOSES or is_shape_op(current))
-    ) or (is_float_conversion(current) and widens(current)):
+    while is_shape_op(current) or (is_float_conversion(current) and widens(current)):
         current = source_of(current)
         val = val_of(current)
         if val is not None and val.dim() in (1, 2) and known(val.shape[-1] == width):

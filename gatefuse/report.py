@@ -19,6 +19,8 @@ from typing import Any
 from torch._dynamo.exc import ShortenTraceback
 from torch.fx import Node
 
+from gatefuse import compat, settings
+
 __all__ = [
     "FusionError",
     "GraphReport",
@@ -78,7 +80,8 @@ class RejectionReport:
 class GraphReport:
     """One compiled graph.
 
-    phase: ``"inference"``, ``"forward"``, ``"backward"``; ``"unknown"`` for a graph from a cache.
+    phase: ``"inference"``, ``"forward"``, ``"backward"``; ``"subgraph"`` for the body of a
+    higher-order operator, such as a branch; ``"unknown"`` for a graph from a cache.
     before, after: readable code of the graph around the pass, where something was fused.
     """
 
@@ -95,7 +98,10 @@ class GraphReport:
 
 @dataclass
 class Report:
-    """What gatefuse did to the graphs compiled while this report was open."""
+    """What gatefuse did to the graphs compiled while this report was open.
+
+    note: why it fuses nothing in this process, if so.
+    """
 
     graphs: list[GraphReport] = field(default_factory=list)
     note: str | None = None
@@ -273,6 +279,9 @@ def record() -> Iterator[Report]:
     from torch._dynamo.callback import callback_handler
 
     recorder = _Recorder()
+    recorder.report.note = compat.unsupported_reason()
+    if settings.disabled_by_environment():
+        recorder.report.note = "GATEFUSE_DISABLE is set"
 
     def compiled(_: Any) -> None:
         with _lock:

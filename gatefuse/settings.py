@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-__all__ = ["Options", "Placement", "disabled_by_environment", "dump_directory", "resolve"]
+__all__ = ["Options", "Placement", "disabled_by_environment", "dump_directory", "flag", "resolve"]
 
 Placement = Literal["auto", "inline", "kernel"]
 
@@ -25,7 +25,7 @@ class Options:
         does, instead of once at the end. ``torch._inductor.config.emulate_precision_casts`` turns
         it on as well.
     expect: raise :class:`gatefuse.FusionError` where a forward or inference graph compiled with
-        these options has fewer fused sites than this. 0 expects nothing. In
+        these options has, subgraphs included, fewer fused sites than this. 0 expects nothing. In
         :func:`gatefuse.fusing` it counts over all graphs compiled in the block instead.
     """
 
@@ -49,26 +49,32 @@ class Options:
             )
 
 
-def _flag(name: str, text: str) -> bool:
-    if text.strip().lower() in _TRUE:
-        return True
-    if text.strip().lower() in _FALSE:
-        return False
+def flag(name: str) -> bool:
+    """Whether an environment variable is set to 1; ValueError if it is neither 1 nor 0."""
+    text = os.environ.get(name, "").strip().lower()
+    if text in _TRUE | _FALSE:
+        return text in _TRUE
     raise ValueError(f"gatefuse: {name} must be 1 or 0, got {text!r}")
 
 
 def _from_environment() -> Options:
-    kwargs: dict[str, Any] = {}
+    options = Options()
     if text := os.environ.get("GATEFUSE_PLACEMENT"):
-        kwargs["placement"] = text.strip().lower()
-    if (text := os.environ.get("GATEFUSE_EAGER_ROUNDING")) is not None:
-        kwargs["eager_rounding"] = _flag("GATEFUSE_EAGER_ROUNDING", text)
+        options = _with(options, "GATEFUSE_PLACEMENT", placement=text.strip().lower())
     if text := os.environ.get("GATEFUSE_EXPECT"):
         try:
-            kwargs["expect"] = int(text)
+            expect = int(text)
         except ValueError:
             raise ValueError(f"gatefuse: GATEFUSE_EXPECT must be a number, got {text!r}") from None
-    return Options(**kwargs)
+        options = _with(options, "GATEFUSE_EXPECT", expect=expect)
+    return replace(options, eager_rounding=flag("GATEFUSE_EAGER_ROUNDING"))
+
+
+def _with(options: Options, variable: str, **value: Any) -> Options:
+    try:
+        return replace(options, **value)
+    except ValueError as e:
+        raise ValueError(f"{e} (from the environment variable {variable})") from None
 
 
 def resolve(overrides: Mapping[str, Any]) -> Options:
@@ -84,7 +90,7 @@ def resolve(overrides: Mapping[str, Any]) -> Options:
 
 def disabled_by_environment() -> bool:
     """Whether ``GATEFUSE_DISABLE`` turns every fusion off."""
-    return _flag("GATEFUSE_DISABLE", os.environ.get("GATEFUSE_DISABLE", ""))
+    return flag("GATEFUSE_DISABLE")
 
 
 def dump_directory() -> str | None:

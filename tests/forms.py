@@ -105,6 +105,15 @@ def weight_row_of_table(x: Tensor, w_table: Tensor, v: Tensor) -> Tensor:
     return torch.sigmoid(F.linear(x, w_table[1:2])) * v
 
 
+def weight_reordered(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """A weight in another order than its parameter, of the same shape: the order counts."""
+    return torch.sigmoid(F.linear(x, w.view(8, -1).t().reshape(w.shape))) * v
+
+
+def weight_reordered_sum(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid((x * w.view(8, -1).t().reshape(-1)).sum(-1, keepdim=True)) * v
+
+
 def addmm(x: Tensor, w_col: Tensor, v: Tensor, b: Tensor) -> Tensor:
     return torch.sigmoid(torch.addmm(b, x, w_col)) * v
 
@@ -412,6 +421,8 @@ FORMS = [
     Form("bias-3d", linear_bias, lead=(2, 3), dtype=BF16, bias=1),
     Form("bias-after", bias_after, dtype=BF16, bias=1),
     Form("bias-before-3d", bias_before, lead=(2, 3), bias=1),
+    Form("weight-reordered", weight_reordered),
+    Form("weight-reordered-sum-bf16", weight_reordered_sum, dtype=BF16),
     Form("addmm", addmm, bias=1),
     Form("bias-scalar", bias_scalar, dtype=BF16, bias=1),
     Form("bias-square", bias_square, bias=1),

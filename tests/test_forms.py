@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from forms import (
     FORMS,
     Form,
+    addend_first,
     addend_transposed,
     input_transposed,
     linear,
@@ -75,6 +76,15 @@ def test_unusual_strides(fn: Callable[..., Tensor], lead: tuple[int, ...], grad:
     result.check()
     graph = result.report.graphs[0]
     assert graph.fused + len(graph.rejections) == 1
+
+
+def test_an_addend_with_other_strides_is_left_outside() -> None:
+    """The sum follows the addend's strides, which the op cannot promise; the gate is fused."""
+    x, w, v, r = make_inputs(addend_first)
+    result = compile_and_compare(addend_first, (x, w, v, r.t().contiguous().t()))
+    result.check()
+    (site,) = result.report.sites
+    assert not site.has_addend
 
 
 def test_rows_cut_off_or_padded() -> None:

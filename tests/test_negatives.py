@@ -316,6 +316,46 @@ def test_left_alone(negative: Negative) -> None:
         assert graph.after is None or op_nodes(graph.after) == 0
 
 
+def values_from_each_others_logits(
+    x: Tensor, w: Tensor, v: Tensor, r: Tensor
+) -> tuple[Tensor, ...]:
+    a, b = F.linear(x, w), F.linear(r, w)
+    return torch.sigmoid(a) * (v + b), torch.sigmoid(b) * (v + a)
+
+
+def values_from_logits_in_a_ring(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    a, b, c = (F.linear(t, w) for t in (x, v, x + v))
+    gates = [torch.sigmoid(z) for z in (c, a, b)]
+    return tuple(g * (v + z) for g, z in zip(gates, (b, c, a), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fn", "sites"), [(values_from_each_others_logits, 2), (values_from_logits_in_a_ring, 3)]
+)
+def test_values_that_depend_on_other_gates(fn: Callable[..., Any], sites: int) -> None:
+    """Each gate alone could be fused; together the ops would wait for each other."""
+    result = compile_and_compare(fn, Negative("", fn).inputs())
+    result.check()
+    assert result.report.fused == sites - 1
+    (rejection,) = result.report.rejections
+    assert "depends on the logit" in rejection.reason
+
+
+def draws_from_the_gate(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    gate = torch.sigmoid(F.linear(x, w))
+    counts = torch.poisson(gate.expand(5, H))
+    return gate * (v + torch.rand_like(v)), counts
+
+
+def test_random_numbers_keep_their_order() -> None:
+    """With eager's generator, what is drawn first gets the first numbers."""
+    with torch._inductor.config.patch(fallback_random=True):
+        result = compile_and_compare(draws_from_the_gate, Negative("", linear).inputs(), alone=True)
+    result.check_identical()
+    (rejection,) = result.report.rejections
+    assert "random" in rejection.reason
+
+
 # --- writes to memory -------------------------------------------------------------------------
 # Functionalisation makes most of them harmless: then the site may be fused. It is never wrong.
 

@@ -101,6 +101,22 @@ def test_gradients_against_numerical(bias, addend):
     )
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_forward_mode_and_transforms(compiled):
+    """A custom op by itself would give zero tangents, and an error under torch.func.grad."""
+    ops = operands((3,), 8, 5)
+    tangents = [torch.randn_like(t) for t in ops.values()]
+    for transform in (
+        lambda f: torch.func.jvp(f, tuple(ops.values()), tuple(tangents)),
+        lambda f: torch.func.grad(lambda *args: f(*args).square().sum())(*ops.values()),
+        lambda f: torch.func.vmap(f, (0, None, 0, None, 0))(*ops.values()),
+    ):
+        run = torch.compile(transform, fullgraph=True) if compiled else transform
+        got = run(gatefuse.linear_sigmoid_mul)
+        torch.testing.assert_close(got, transform(eager))
+        torch._dynamo.reset()
+
+
 def test_opcheck():
     ops = operands((2, 3), 8, 5)
     x, w, v, b, a = (t.requires_grad_() for t in ops.values())
@@ -131,6 +147,8 @@ BAD = {
     "addend": (ValueError, r"addend has shape \[3, 4\]; expected \[3, 5\]"),
     "input-dtype": (TypeError, r"input has dtype torch.int64; expected one of"),
     "value-device": (ValueError, r"value is on device meta; expected cpu"),
+    "value-none": (TypeError, r"value is of type NoneType; expected a Tensor"),
+    "bias-number": (TypeError, r"bias is of type float; expected a Tensor or None"),
 }
 
 
@@ -151,6 +169,8 @@ def test_errors_name_argument_and_expectation(case):
         "addend": {"addend": torch.randn(3, 4)},
         "input-dtype": {"input": torch.ones(3, 8, dtype=torch.int64)},
         "value-device": {"value": torch.empty(3, 5, device="meta")},
+        "value-none": {"value": None},
+        "bias-number": {"bias": 0.5},
     }[case]
     error, match = BAD[case]
     with pytest.raises(error, match=match):
@@ -166,3 +186,20 @@ def test_op_in_a_compiled_function_is_lowered():
     out, code = run_and_get_code(compiled, **ops)
     assert_close(out, ops)
     assert "torch.ops.gatefuse" not in "".join(code)
+
+
+def test_op_in_a_compiled_function_keeps_float64():
+    ops = operands((6,), 32, 32, torch.float64)
+    ops["input"] = ops["input"].bfloat16()
+    out = torch.compile(gatefuse.linear_sigmoid_mul)(**ops)
+    torch.testing.assert_close(out, gatefuse.linear_sigmoid_mul_reference(**ops))
+
+
+def test_op_in_a_compiled_function_rounds_once():
+    """The option emulates what eager does, and eagerly the op rounds once."""
+    ops = operands((16,), 64, 64, torch.bfloat16, addend=False)
+    plain = torch.compile(gatefuse.linear_sigmoid_mul)(**ops)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        out = torch.compile(gatefuse.linear_sigmoid_mul)(**ops)
+    assert torch.equal(out, plain)

@@ -1,0 +1,125 @@
+"""The pass breaks no compilation: on an error the graph is as it was, and the report says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forms import (
+    addend_bias,
+    linear,
+    logit_returned,
+    make_inputs,
+    shared_gate,
+    sum_of_two_gates,
+    two_layers,
+)
+from harness import compile_and_compare, op_nodes, post_grad_graph
+from torch._inductor import pattern_matcher
+from torch.fx import Graph
+
+import gatefuse
+from gatefuse import fusion_pass, matcher
+from gatefuse.fusion_pass import GateFusionPass
+
+#: Steps that fail, and forms in which they happen: only a graph that needs a logit is sorted.
+BROKEN = [
+    *(("lint", fn) for fn in (addend_bias, logit_returned, sum_of_two_gates, two_layers)),
+    *(("sort", fn) for fn in (logit_returned, shared_gate)),
+]
+
+
+def describe(graph: Graph) -> list[tuple[Any, ...]]:
+    return [
+        (n, n.name, n.args, n.kwargs, set(n.users), {k: id(v) for k, v in n.meta.items()})
+        for n in graph.nodes
+    ]
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize(("broken", "fn"), BROKEN)
+def test_a_failed_rewrite_is_undone(monkeypatch: pytest.MonkeyPatch, broken: str, fn: Any) -> None:
+    graph = post_grad_graph(fn, make_inputs(fn))
+    before = describe(graph)
+    sort = pattern_matcher.stable_topological_sort
+
+    def sort_and_fail(graph: Graph) -> None:
+        sort(graph)
+        fail()
+
+    with monkeypatch.context() as patch, gatefuse.record() as report:
+        if broken == "sort":
+            patch.setattr(pattern_matcher, "stable_topological_sort", sort_and_fail)
+        else:
+            patch.setattr(Graph, "lint", fail)
+        GateFusionPass()(graph)
+    assert describe(graph) == before
+    assert report.fused == 0
+    assert not report.sites
+    assert report.graphs[0].error == "RuntimeError: broken"
+    graph.lint()
+    GateFusionPass()(graph)
+    assert op_nodes(graph) > 0
+
+
+def test_ops_that_wait_for_each_other_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the matcher overlooked a cycle."""
+    from test_negatives import Negative, values_from_each_others_logits
+
+    monkeypatch.setattr(
+        matcher, "_rewritten_inputs", lambda logit, sites, order: (order[logit], {})
+    )
+    fn = values_from_each_others_logits
+    result = compile_and_compare(fn, Negative("", fn).inputs(), alone=True)
+    result.check_identical()
+    assert result.report.fused == 0
+    assert "left unfused after an error" in str(result.report)
+
+
+@pytest.mark.parametrize("broken", ["matcher", "op", "text"])
+def test_errors_leave_the_model_unfused_or_unseen(
+    monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    where, name = {
+        "matcher": (fusion_pass, "find_sites"),
+        "op": (fusion_pass, "_check_same"),
+        "text": (torch.fx.GraphModule, "print_readable"),
+    }[broken]
+    graph = post_grad_graph(linear, make_inputs(linear))
+    before = describe(graph)
+    with monkeypatch.context() as patch, gatefuse.record() as report:
+        patch.setattr(where, name, fail)
+        GateFusionPass()(graph)
+    (entry,) = report.graphs
+    if broken == "text":
+        assert (entry.fused, entry.before, entry.after) == (1, None, None)
+        return
+    assert describe(graph) == before
+    assert entry.fused == 0
+    assert "broken" in str(report)
+
+
+def test_a_graph_keeps_its_module() -> None:
+    """Later passes find their sub-modules and constants by the graph's module."""
+    graph = post_grad_graph(linear, make_inputs(linear))
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    with gatefuse.record() as report:
+        GateFusionPass()(module.graph)
+    assert report.graphs[0].before is not None
+    assert module.graph.owning_module is module
+
+
+def test_a_dump_that_cannot_be_written_breaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("GATEFUSE_DUMP", str(file))
+    with gatefuse.fusing() as report, torch.no_grad():
+        torch.compile(linear)(*make_inputs(linear))
+    assert report.fused == 1
