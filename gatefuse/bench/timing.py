@@ -97,6 +97,7 @@ class Replay:
     def __init__(
         self, call: Callable[[int], tuple[torch.Tensor, ...]], calls: int, device: str, pool: Any
     ) -> None:
+        self.call = call
         self.calls = calls
         self.outputs: tuple[torch.Tensor, ...] = ()
         self._graph: torch.cuda.CUDAGraph | None = None
