@@ -4,10 +4,12 @@
 #
 #     benchmarks/run_h200.sh OUT PHASE...
 #
-#     1  core, main grid: every arm and mode, both widths              about 500 s on an H200
-#     2  core, the other grids: symbolic sizes, variants, widths, dtypes     about 420 s
-#     3  host and compile time, then transformers' modules             about 100 s and 400 s
+#     1  core, main grid: every arm and mode, both widths
+#     2  core, the other grids: symbolic sizes, variants, widths, dtypes
+#     3  host and compile time, then transformers' modules
 #
+# The times that a phase prints are estimates for an H200 with 16 cores; BUDGET holds. A process that
+# is in a cell when the time is over is given 15 s.
 # Result files in OUT are written after each cell, so that a phase that is cut off leaves what it
 # measured. PYTHON and DEVICE choose the interpreter and the device; QUICK=1 runs toy sizes:
 #
@@ -21,25 +23,32 @@ export PYTHONUNBUFFERED=1
 device="${DEVICE:-cuda}"
 status=0
 
-# measure LEFT ARGUMENTS...: a question, with the phase's time less LEFT seconds.
+# measure SHARE ARGUMENTS...: a question, with SHARE percent of what is left of the phase's time.
 measure() {
-    local left=$((${BUDGET:-530} - (SECONDS - begun) - $1))
+    local left=$(((${BUDGET:-530} - (SECONDS - begun)) * $1 / 100))
     shift
-    echo "=== $* (${SECONDS} s; ${left} s at most)"
+    echo "=== $* ($SECONDS s; $left s at most)"
     "${PYTHON:-python3}" -m gatefuse bench "$@" --out "$out" --device "$device" \
         --time-budget "$left" ${QUICK:+--quick} 2> >(tee -a "$out/run.log" >&2)
     local code=$?
-    [ "$code" -eq 0 ] || { echo "=== $1 ended with $code" >&2; status=1; }
+    [ "$code" -eq 0 ] || { echo "=== $1 ended with $code"; status=1; }
 }
 
 for phase in "$@"; do
     begun=$SECONDS
     case "$phase" in
-        1) measure 0 core --grid main ;;
-        2) measure 0 core --grid dynamic,variants,widths,dtypes ;;
+        1)
+            echo "=== phase 1, about 500 s"
+            measure 100 core --grid main
+            ;;
+        2)
+            echo "=== phase 2, about 420 s"
+            measure 100 core --grid dynamic,variants,widths,dtypes
+            ;;
         3)
-            measure 300 host
-            measure 0 blocks
+            echo "=== phase 3, about 500 s"
+            measure 40 host
+            measure 100 blocks
             ;;
         *)
             echo "unknown phase: $phase" >&2

@@ -46,6 +46,7 @@ FULL_ATTENTION_LAYER = 3  # of Qwen3-Next, whose other layers are gated delta ne
 DECODE_TOKENS = 256
 CALLS = 8  # in a sample
 PROFILED_CALLS = 4
+NO_KERNELS = ("Memcpy", "Memset", "Context Sync")  # what else happens on a GPU
 
 SMALL = {
     "hidden_size": 64,
@@ -147,7 +148,7 @@ def profiled(call: Callable[[], Any], device: str) -> tuple[int, float]:
         for event in found.events() or []
         if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)
         and not getattr(event, "is_user_annotation", False)
-        and not event.name.startswith(("Memcpy", "Memset", "Activity Buffer"))
+        and not event.name.startswith(NO_KERNELS)
     ]
     microseconds = sum(float(event.time_range.elapsed_us()) for event in events)
     return round(len(events) / PROFILED_CALLS), microseconds / PROFILED_CALLS

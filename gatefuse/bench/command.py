@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
     core.add_argument("--grid", type=_chosen(grid.GRIDS), default=("main",), help=names)
     _grid(core)
 
-    cpu = _question(questions, "cpu", "the same on the CPU, against Inductor's C++", _cpu, 900)
+    cpu = _question(questions, "cpu", "the same on the CPU, against Inductor's C++", _cpu, 1200)
     _grid(cpu)
 
     blocks = _question(questions, "blocks", "modules of transformers: kernels, GPU time", _blocks)

@@ -179,6 +179,7 @@ def run(
     rows: list[Row] = []
     header = results.header(device, sys.argv[1:])
     content = {"kind": "host", "header": header, "rows": rows}
+    results.write(path, content)
     torch._dynamo.config.recompile_limit = 64
 
     def calls(chain: str) -> list[Row]:

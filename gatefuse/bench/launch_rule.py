@@ -110,7 +110,9 @@ def run(
     begin = time.monotonic()
     path = results.new_path(out, "launch-rule")
     measured: list[dict[str, Any]] = []
-    content = {"kind": "launch-rule", "header": results.header("cuda", sys.argv[1:])}
+    header = results.header("cuda", sys.argv[1:])
+    content = {"kind": "launch-rule", "header": header, "rows": measured}
+    results.write(path, content)
     code = 0
     with torch.no_grad():
         for dtype in dtypes:
@@ -120,6 +122,6 @@ def run(
                         code = 2
                         continue
                     measured += measure(width, n, getattr(torch, dtype))
-                    results.write(path, {**content, "rows": measured})
+                    results.write(path, content)
     print("\n".join(summary(measured)))
     return path, code

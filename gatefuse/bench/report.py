@@ -333,7 +333,9 @@ def short(results: Results) -> str:
         body.append([str(key), number(theirs), number(ours), speedup, share, *costs])
     heads = ["us", "Inductor", "gatefuse", "speed-up", "% of limit"]
     heads += ["gate: Inductor", "gate: gatefuse"]
-    return aligned(heads, body) if body else ""
+    parts = [aligned(heads, body)] if body else []
+    parts += [*tables.blocks(), *tables.host_calls(), *tables.compiles()]
+    return "\n\n".join(part for part in parts if part)
 
 
 def aligned(heads: list[str], rows: list[list[str]]) -> str:
