@@ -46,9 +46,6 @@ INDUCTOR_OPTIONS: dict[str, dict[str, Any]] = {
     "coordinate-descent": {"coordinate_descent_tuning": True},
 }
 
-HOT = ("mul", "add")
-"""Families that are timed on hot inputs as well."""
-
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -231,7 +228,7 @@ def measure(
             errors[arm] = f"{error!r}"[:500]
     del references
     hot: dict[Arm, Replay] = {}
-    if cell.family in HOT and cell.static:
+    if cell.hot:
         for arm, replay in replays.items():
 
             def call_same(i: int, call_set: Function = replay.call) -> tuple[torch.Tensor, ...]:

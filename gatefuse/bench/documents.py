@@ -13,7 +13,7 @@ from pathlib import Path
 from gatefuse.bench import grid, results
 from gatefuse.bench.marks import Miss, losses, missing, missing_of
 from gatefuse.bench.report import ARMS, CHAINS, Shown, Tables, provenance
-from gatefuse.bench.results import GATEFUSE, INDUCTOR, LIMIT, ArmKey
+from gatefuse.bench.results import EAGER, GATEFUSE, INDUCTOR, LIMIT, ArmKey
 
 DOCUMENTS = ("README.md", "docs/performance.md")
 _PLACE = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -70,7 +70,7 @@ def summary(tables: Tables) -> list[str]:
                 (f"cost of the gate: {ARMS[arm]}", tables.cost(arm)) for arm in (INDUCTOR, GATEFUSE)
             ]
         parts += [f"{CHAINS[chain]}, H = {grid.WIDTHS[0]}, µs:", tables.by_rows(keys, lines)]
-    return [*parts, counts(tables)]
+    return [*parts, *tables.host_calls((EAGER, INDUCTOR, GATEFUSE)), counts(tables)]
 
 
 def counts(tables: Tables) -> str:
@@ -110,9 +110,10 @@ def unmeasured(tables: Tables) -> list[str]:
         total = len({key for cell in cells for key, _ in cell.measured()})
         lacking = missing_of(tables.results, cells)
         whole = sum(not arms for _, arms in lacking)
-        if lacking:
-            partly = f", {len(lacking) - whole} lack arms" if len(lacking) > whole else ""
-            lines.append(f"- {name}: {whole} of {total} chains and sizes are not measured{partly}")
+        if whole:
+            lines.append(f"- {name}: {whole} of {total} chains and sizes")
+        if len(lacking) > whole:
+            lines.append(f"- {name}: arms or hot inputs of {len(lacking) - whole} chains and sizes")
     total = len(grid.block_cells())
     lacking_blocks = sum(
         ("gatefuse-auto", cell.mode) not in tables.results.blocks.get(cell.key, {})
@@ -120,8 +121,7 @@ def unmeasured(tables: Tables) -> list[str]:
     )
     if lacking_blocks:
         lines.append(f"- blocks: {lacking_blocks} of {total} modules, sizes and modes")
-    if not tables.results.host:
-        lines.append("- host: all")
+    lines += [f"- {cell}{what}" for cell, what in missing(tables.results) if cell == "host"]
     return ["\n".join(lines) or "Nothing."]
 
 

@@ -110,9 +110,16 @@ class Cell:
 
     @property
     def static(self) -> bool:
+        """Whether no size is symbolic."""
         return self.shapes == "static"
 
+    @property
+    def hot(self) -> bool:
+        """Whether the cell is timed on hot inputs as well."""
+        return self.static and self.family in ("mul", "add")
+
     def arms(self) -> list[Arm]:
+        """The arms of all chains of the family."""
         return [
             arm
             for chain in FAMILIES[self.family]

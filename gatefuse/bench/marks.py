@@ -201,8 +201,7 @@ def _host(results: Results) -> Iterator[Miss]:
                 yield Miss("import", GATEFUSE, "initialises CUDA")
         elif row["pass_ms"] > grid.PASS_SHARE * row["median_s"] * 1e3:
             name = f"compile {row['chain']}"
-            cache = row.get("cache", "cold")
-            yield _pass_miss(name, GATEFUSE, cache, row["pass_ms"], row["median_s"])
+            yield _pass_miss(name, GATEFUSE, row["cache"], row["pass_ms"], row["median_s"])
     for (chain, mode), times in calls.items():
         if "inductor" in times and times.get("gatefuse-auto", 0.0) > times["inductor"]:
             yield Miss(
@@ -216,15 +215,17 @@ def _host(results: Results) -> Iterator[Miss]:
 def missing_of(results: Results, cells: Iterable[grid.Cell]) -> list[tuple[Key, str]]:
     """The keys of ``cells`` that lack arms, and a text that names those, empty if all lack."""
     lacking: dict[Key, list[str]] = {}
-    wanted: dict[Key, int] = {}
     for cell in cells:
         for key, arm in cell.measured():
-            if arm.draw == 0:
-                wanted[key] = wanted.get(key, 0) + 1
-                if (arm.name, arm.mode) not in results.cells.get(key, {}):
-                    lacking.setdefault(key, []).append(f"{arm.name}, {arm.mode}")
+            if arm.draw:
+                continue
+            row = results.cells.get(key, {}).get((arm.name, arm.mode))
+            if row is None:
+                lacking.setdefault(key, []).append(f"{arm.name}, {arm.mode}")
+            elif cell.hot and "hot_median_us" not in row and "error" not in row:
+                lacking.setdefault(key, []).append(f"{arm.name}, {arm.mode}, hot")
     return [
-        (key, "" if len(arms) == wanted[key] else f": {'; '.join(arms)}")
+        (key, f": {'; '.join(arms)}" if key in results.cells else "")
         for key, arms in lacking.items()
     ]
 
@@ -238,7 +239,8 @@ def missing(results: Results) -> list[tuple[Key | BlockKey | str, str]]:
         for arm in ("inductor", "gatefuse-auto"):
             if (arm, cell.mode) not in results.blocks.get(cell.key, {}):
                 lacking.append((cell.key, f": {arm}, {cell.mode}"))
-    for what in ("call", "import", "compile"):
-        if not any(row["what"] == what for row in results.host):
-            lacking.append(("host", f": {what}"))
+    host = {(row["what"], row.get("cache", "")) for row in results.host}
+    for what in (("call", ""), ("import", ""), ("compile", "cold"), ("compile", "warm")):
+        if what not in host:
+            lacking.append(("host", ": " + " ".join(what).strip()))
     return lacking

@@ -219,7 +219,7 @@ class Tables:
                 parts += [f"Mode {mode}:", table(["module", *heads], padded)]
         return parts
 
-    def host_calls(self) -> list[str]:
+    def host_calls(self, arms: Iterable[ArmKey] = tuple(ARMS)) -> list[str]:
         """Host time per call."""
         calls = [row for row in self.results.host if row["what"] == "call"]
         if not calls:
@@ -235,7 +235,7 @@ class Tables:
             mark = self.mark(f"host {chain}", arm)
             return f"{number(row['median_us'])} ({p10}..{p90}){mark}"
 
-        body = [(label, [cell(chain, arm) for chain in chains]) for arm, label in ARMS.items()]
+        body = [(ARMS[arm], [cell(chain, arm) for chain in chains]) for arm in arms]
         first = calls[0]
         title = f"Host time per call without CUDA graphs, N = {first['N']}, H = {first['H']}, µs:"
         return [title, table(["", *chains], body)]
@@ -248,7 +248,7 @@ class Tables:
             share = f"{row['pass_ms'] / row['median_s'] / 10:.2f}"
             if row["arm"] == "gatefuse-auto":
                 share += self.mark(f"compile {row['chain']}", GATEFUSE)
-            label = f"{row['chain']}, {row['arm']}, {row.get('cache', 'cold')} cache"
+            label = f"{row['chain']}, {row['arm']}, {row['cache']} cache"
             body.append((label, [number(row["median_s"]), number(row["pass_ms"]), share]))
         parts = [
             "Time of the first call:",

@@ -146,7 +146,11 @@ def collect(files: Iterable[dict[str, Any]]) -> Results:
         kind = content["kind"]
         results.headers.setdefault(kind, []).append(content["header"])
         if kind == "host":
-            results.host = content["rows"]
+            # Files from before warm caches were measured do not name the cache.
+            results.host = [
+                {"cache": "cold", **row} if row["what"] == "compile" else row
+                for row in content["rows"]
+            ]
         elif kind in ("core", "cpu"):
             device: Literal["gpu", "cpu"] = "cpu" if kind == "cpu" else "gpu"
             cells: dict[Key, dict[ArmKey, Row]] = {}
