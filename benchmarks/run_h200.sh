@@ -1,44 +1,62 @@
 #!/usr/bin/env bash
-# Runs parts of the benchmark and leaves results, logs and a report in OUT. From anywhere:
+# Measures everything on one GPU, in phases that each end within BUDGET seconds (default 530), the
+# most telling cells first. From anywhere; nothing else may use the machine:
 #
-#     benchmarks/run_h200.sh OUT PART...        BUDGET=seconds in all (default 540)
+#     benchmarks/run_h200.sh OUT PHASE...
 #
-# smoke     every chain, arm, mode and kind of shapes at two sizes, few rounds: does it all run?
-# default   all sizes, Inductor's default mode and what it competes with
-# static    all sizes, all modes
-# dynamic   symbolic rows, and symbolic rows and width
-# host      host time per call, import and compile time
+#     1  core, main grid: every arm and mode, both widths
+#     2  core, the other grids: symbolic sizes, variants, widths, dtypes
+#     3  host and compile time, then transformers' modules
+#
+# The times that a phase prints are estimates for an H200 with 16 cores; BUDGET holds. A process that
+# is in a cell when the time is over is given 15 s.
+# Result files in OUT are written after each cell, so that a phase that is cut off leaves what it
+# measured. PYTHON and DEVICE choose the interpreter and the device; QUICK=1 runs toy sizes:
+#
+#     QUICK=1 DEVICE=cpu benchmarks/run_h200.sh OUT 1 2 3
 set -uo pipefail
 
-out="$(mkdir -p "${1:?usage: run_h200.sh OUT PART...}" && cd "$1" && pwd)"
+out="$(mkdir -p "${1:?usage: run_h200.sh OUT PHASE...}" && cd "$1" && pwd)"
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python="${PYTHON:-python3}"
-budget="${BUDGET:-540}"
-device="${DEVICE:-cuda}"
 export PYTHONUNBUFFERED=1
-
-core() {
-    "$python" -m benchmarks.core --out "$out" --device "$device" \
-        --time-budget "$((budget - SECONDS))" "$@"
-}
-host() { "$python" -m benchmarks.host --out "$out" --device "$device" "$@"; }
-
+device="${DEVICE:-cuda}"
 status=0
-for part in "$@"; do
-    echo "=== $part ($SECONDS s)"
-    case "$part" in
-        smoke) core --quick --shapes static,dynamic-rows,dynamic; core=$?; host --quick && exit "$core" ;;
-        default) core --modes default ;;
-        static) core ;;
-        dynamic) core --shapes dynamic-rows,dynamic ;;
-        host) host ;;
-        *) echo "unknown part: $part" >&2; exit 2 ;;
-    esac 2>&1 | tee "$out/$part.log" | grep --line-buffered -v -E 'Warning|warnings.warn'
-    [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
+
+# measure SHARE ARGUMENTS...: a question, with SHARE percent of what is left of the phase's time.
+measure() {
+    local left=$(((${BUDGET:-530} - (SECONDS - begun)) * $1 / 100))
+    shift
+    echo "=== $* ($SECONDS s; $left s at most)"
+    "${PYTHON:-python3}" -m gatefuse bench "$@" --out "$out" --device "$device" \
+        --time-budget "$left" ${QUICK:+--quick} 2> >(tee -a "$out/run.log" >&2)
+    local code=$?
+    [ "$code" -eq 0 ] || { echo "=== $1 ended with $code"; status=1; }
+}
+
+for phase in "$@"; do
+    begun=$SECONDS
+    case "$phase" in
+        1)
+            echo "=== phase 1, about 500 s"
+            measure 100 core --grid main
+            ;;
+        2)
+            echo "=== phase 2, about 420 s"
+            measure 100 core --grid dynamic,variants,widths,dtypes
+            ;;
+        3)
+            echo "=== phase 3, about 500 s"
+            measure 40 host
+            measure 100 blocks
+            ;;
+        *)
+            echo "unknown phase: $phase" >&2
+            exit 2
+            ;;
+    esac
 done
 
-echo "=== report ($SECONDS s)"
-"$python" -m benchmarks.report "$out"/*.json --check --partial >"$out/report.md" || status=1
-grep -E '^(MISS|All marks)' "$out/report.md"
+echo "=== marks (${SECONDS} s)"
+"${PYTHON:-python3}" -m gatefuse bench --check "$out"/*.json --partial | tee "$out/marks.txt" || status=1
 exit "$status"

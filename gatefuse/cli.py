@@ -1,7 +1,8 @@
-"""The `gatefuse` command: `gatefuse demo` and `gatefuse env`.
+"""The `gatefuse` command: `gatefuse demo`, `gatefuse bench` and `gatefuse env`.
 
 Exit codes: 0 when all is well; 1 when the demo finds a gate that was not fused or a result that
-differs, or this PyTorch is not supported; 2 when the command cannot run.
+differs, a benchmark fails or misses a mark, or this PyTorch is not supported; 2 when the command
+cannot run, or a benchmark's time was over.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from gatefuse.bench import command
 
 __all__ = ["main"]
 
@@ -127,6 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-timing", action="store_true", help="do not measure on a GPU")
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
     demo.set_defaults(run=_demo)
+
+    command.add_to(commands)
 
     env = commands.add_parser("env", help="print versions and whether this PyTorch is supported")
     env.add_argument("--json", action="store_true", help="print as JSON")

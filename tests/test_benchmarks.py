@@ -1,66 +1,87 @@
-"""The benchmark's own logic: marks, merging, plans, the check of outputs, work over processes."""
+"""`gatefuse bench`: marks, merging, tables, plans, the check of outputs, work over processes, and
+each question once on the CPU, so that nothing runs for the first time on a GPU."""
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import math
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import grid, report
-from benchmarks.chains import CHAINS, call, make_set
-from benchmarks.core import Reference, arms_of, cells_of
-from benchmarks.timing import COLD_FACTOR, Replay, Timing, cache_bytes, interleaved, plan
-from benchmarks.workers import DeviceLock, spread
+from gatefuse import cli
+from gatefuse.bench import documents, grid, marks, report, results
+from gatefuse.bench.chains import CHAINS, Glue, call, make_set
+from gatefuse.bench.core import Reference
+from gatefuse.bench.grid import BlockKey, Key
+from gatefuse.bench.results import GATEFUSE, INDUCTOR, collect
+from gatefuse.bench.timing import COLD_FACTOR, Replay, Timing, cache_bytes, interleaved, plan
+from gatefuse.bench.workers import DeviceLock, spread
 
 MODES = grid.MODES
 
 
-def core_rows(shapes: str) -> list[dict[str, Any]]:
+def chain_rows(cells: list[grid.Cell]) -> list[dict[str, Any]]:
     """Rows of a complete run that reaches every mark."""
     rows = []
-    modes = MODES if shapes == "static" else MODES[:1]
-    for chain in grid.FAMILY:
-        for arm in arms_of(chain, modes, shapes == "static"):
-            us = {"eager": 9.0, "limit": 1.0, "inductor": 5.0}.get(arm.name, 2.0)
-            if chain == "glue_nogate":
+    for cell in cells:
+        for key, arm in cell.measured():
+            us = {"eager": 9.0, "limit": 1.0, "op": 1.0, "inductor": 5.0}.get(arm.name, 2.0)
+            if key.chain.endswith(grid.NO_GATE):
                 us = 1.5
-            for H in grid.WIDTHS:
-                for N in grid.ROWS if shapes == "static" else grid.ROWS[1:]:
-                    rows.append(
-                        {
-                            "shapes": shapes,
-                            "chain": chain,
-                            "arm": arm.name,
-                            "mode": arm.mode,
-                            "H": H,
-                            "N": N,
-                            "dtype": grid.DTYPE,
-                            "median_us": us,
-                        }
-                    )
+            row = {**key._asdict(), "arm": arm.name, "mode": arm.mode, "draw": arm.draw}
+            del row["device"]
+            row |= {"median_us": us, "p10_us": us - 0.1, "p90_us": us + 0.1, "bytes": 4000}
+            if key.chain in ("mul", "add") and cell.static:
+                row |= {f"hot_{name}": row[name] for name in ("median_us", "p10_us", "p90_us")}
+            rows.append(row)
     return rows
+
+
+def block_rows() -> list[dict[str, Any]]:
+    return [
+        {**cell.key._asdict(), "arm": arm, "mode": cell.mode, "kernels": kernels}
+        | {"median_us": us, "p10_us": us, "p90_us": us, "compile_s": 10.0, "pass_ms": 20.0}
+        for cell in grid.block_cells()
+        for arm, kernels, us in (("inductor", 20, 100.0), ("gatefuse-auto", 17, 98.0))
+    ]
 
 
 def host_rows() -> list[dict[str, Any]]:
     call_row = {"what": "call", "chain": "mul", "mode": "default", "H": 2048, "N": 2}
+    compiled = {"what": "compile", "chain": "mul", "mode": "default", "cache": "cold"}
     return [
-        {**call_row, "arm": "inductor", "median_us": 60.0},
-        {**call_row, "arm": "gatefuse-auto", "median_us": 46.0},
+        {**call_row, "arm": "inductor", "median_us": 60.0, "p10_us": 59.0, "p90_us": 61.0},
+        {**call_row, "arm": "gatefuse-auto", "median_us": 46.0, "p10_us": 45.0, "p90_us": 47.0},
         {"what": "import", "median_ms": 12.0, "initialises_cuda": False},
-        {"what": "compile", "chain": "mul", "arm": "inductor", "median_s": 1.0, "pass_ms": 0.0},
+        {**compiled, "arm": "inductor", "median_s": 1.0, "pass_ms": 0.0},
+        {**compiled, "arm": "gatefuse-auto", "median_s": 1.0, "pass_ms": 9.0},
+        {**compiled, "arm": "gatefuse-auto", "median_s": 0.1, "pass_ms": 0.0, "cache": "warm"},
     ]
+
+
+HEADER = {"device": "a GPU, 1", "torch": "2", "triton": None, "date": "2026-01-01T00:00:00"}
 
 
 def files() -> list[dict[str, Any]]:
-    rows = [row for shapes in grid.SHAPES for row in core_rows(shapes)]
-    return [
-        {"kind": "core", "header": {}, "rows": rows},
-        {"kind": "host", "header": {}, "rows": host_rows()},
-    ]
+    core = [cell for one in grid.GRIDS.values() for cell in one.cells()]
+    rows = {
+        "core": chain_rows(core),
+        "host": host_rows(),
+        "cpu": chain_rows(grid.CPU_GRID.cells()),
+        "blocks": block_rows(),
+    }
+    return [{"kind": kind, "header": HEADER, "rows": found} for kind, found in rows.items()]
+
+
+@pytest.fixture(autouse=True)
+def _no_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(marks, "reasons", list)
 
 
 def edit(contents: list[dict[str, Any]], change: dict[str, Any], **where: Any) -> None:
@@ -77,10 +98,10 @@ def edit(contents: list[dict[str, Any]], change: dict[str, Any], **where: Any) -
 
 
 def test_a_complete_run_reaches_every_mark() -> None:
-    assert report.check(report.collect(files())) == []
+    assert marks.check(collect(files())) == []
 
 
-STATIC = {"shapes": "static", "H": 4096}
+STATIC = {"shapes": "static", "H": 4096, "dtype": "bfloat16"}
 AUTO = {"arm": "gatefuse-auto", "mode": "default"}
 
 
@@ -88,23 +109,32 @@ AUTO = {"arm": "gatefuse-auto", "mode": "default"}
     ("where", "change", "named"),
     [
         pytest.param(
-            {**STATIC, **AUTO, "chain": "glue", "N": 8192},
-            {"median_us": 5.16},
-            ["glue H=4096 N=8192: default: gatefuse 5.16 us is 1.032 of Inductor's 5.00"],
+            {**STATIC, **AUTO, "chain": "glue-opaque", "N": 1024},
+            {"median_us": 5.11},
+            [
+                "glue-opaque H=4096 N=1024: default: gatefuse 5.11 us is 1.022 of Inductor's 5.00",
+                "glue-opaque H=4096 N=1024: the gate costs 3.61 us, 1.0 times less",
+            ],
             id="slower-than-inductor",
         ),
         pytest.param(
-            {**STATIC, "arm": "gatefuse-auto", "mode": "max-autotune", "chain": "mul", "N": 1},
+            {**STATIC, "arm": "gatefuse-auto", "mode": "max-autotune", "chain": "mul", "N": 2},
             {"median_us": 5.16},
-            ["mul H=4096 N=1: max-autotune"],
+            ["mul H=4096 N=2: max-autotune"],
             id="slower-than-max-autotune",
         ),
         pytest.param(
-            {**STATIC, "arm": "inductor", "mode": "coordinate-descent", "chain": "add", "N": 64},
+            {**STATIC, **AUTO, "chain": "mul", "N": 2},
+            {"hot_median_us": 5.16},
+            ["mul H=4096 N=2: default, hot: gatefuse 5.16 us"],
+            id="hot",
+        ),
+        pytest.param(
+            {**STATIC, "arm": "inductor", "mode": "coordinate-descent", "chain": "add", "N": 2},
             {"median_us": 1.9},
             [
-                "add H=4096 N=64: coordinate-descent",
-                "add H=4096 N=64: gatefuse 2.00 us is 1.053 of the best arm's",
+                "add H=4096 N=2: coordinate-descent",
+                "add H=4096 N=2: gatefuse 2.00 us is 1.053 of the best arm's",
             ],
             id="best-arm-is-another-mode",
         ),
@@ -115,16 +145,55 @@ AUTO = {"arm": "gatefuse-auto", "mode": "default"}
             id="forced-placement-is-faster",
         ),
         pytest.param(
+            {**STATIC, "arm": "inductor", "mode": "default", "chain": "mul", "N": 1024},
+            {"median_us": 2.9},
+            ["mul H=4096 N=1024: gatefuse 2.00 us is 1.45 times as fast as Inductor, not 1.5"],
+            id="speed-up",
+        ),
+        pytest.param(
+            {**STATIC, "arm": "op", "chain": "mul", "N": 8192},
+            {"median_us": 1.06},
+            ["mul H=4096 N=8192: the kernel takes 1.06 us, 1.060 of the limit 1.00"],
+            id="limit",
+        ),
+        pytest.param(
+            {"shapes": "static", "H": 7168, "arm": "op", "chain": "add", "N": 16},
+            {"median_us": 4.0},
+            ["add H=7168 N=16: the kernel takes 4.00 us, the best known one"],
+            id="peer",
+        ),
+        pytest.param(
             {**STATIC, "chain": "glue_nogate", "N": 256, "arm": "inductor", "mode": "default"},
-            {"median_us": 1.39},
-            ["glue H=4096 N=256: the gate costs 0.61 us", "glue_nogate H=4096 N=256: default"],
-            id="gate-cost",
+            {"median_us": 1.48},
+            ["glue H=4096 N=256: the gate costs 0.52 us > 0.5"],
+            id="gate-cost-decode",
+        ),
+        pytest.param(
+            {**STATIC, "chain": "glue", "N": 8192, **AUTO},
+            {"median_us": 4.51},
+            [
+                "glue H=4096 N=8192: the gate costs 3.01 us > 3.0",
+                "glue H=4096 N=8192: best arm gatefuse-inline, default 2.00 us, gatefuse 4.51",
+            ],
+            id="gate-cost-prefill",
+        ),
+        pytest.param(
+            {**STATIC, "chain": "glue", "N": 1024, "arm": "inductor", "mode": "default"},
+            {"median_us": 3.9},
+            ["glue H=4096 N=1024: the gate costs 0.50 us, 4.8 times less than under Inductor"],
+            id="gate-cost-ratio",
         ),
         pytest.param(
             {"shapes": "dynamic", "H": 2048, **AUTO, "chain": "add", "N": 32768},
             {"median_us": 5.2},
             ["add H=2048 N=32768 dynamic: default"],
             id="dynamic",
+        ),
+        pytest.param(
+            {"H": 1024, "N": 4096, "dtype": "float32", **AUTO, "chain": "add"},
+            {"median_us": 5.2},
+            ["add H=1024 N=4096 float32 CPU: default"],
+            id="cpu",
         ),
         pytest.param(
             {**STATIC, "chain": "glue", "N": 16, "arm": "gatefuse-kernel"},
@@ -135,7 +204,7 @@ AUTO = {"arm": "gatefuse-auto", "mode": "default"}
         pytest.param(
             {"what": "call", "arm": "gatefuse-auto"},
             {"median_us": 60.1},
-            ["host mul: gatefuse 60.1 us > Inductor 60.0"],
+            ["host mul: default: gatefuse 60.1 us > Inductor 60.0"],
             id="host",
         ),
         pytest.param({"what": "import"}, {"median_ms": 51.0}, ["import: 51.0 ms"], id="import"),
@@ -145,6 +214,22 @@ AUTO = {"arm": "gatefuse-auto", "mode": "default"}
             ["import: initialises CUDA"],
             id="import-cuda",
         ),
+        pytest.param(
+            {"what": "compile", "arm": "gatefuse-auto", "cache": "cold"},
+            {"pass_ms": 10.1},
+            ["compile mul: cold: the pass takes 10.1 ms, 1.01 % of the compile"],
+            id="pass",
+        ),
+        pytest.param(
+            {"model": "qwen3_next", "part": "layer", "tokens": 16, **AUTO},
+            {"median_us": 103.0, "kernels": 21, "pass_ms": 101.0},
+            [
+                "qwen3_next layer N=16: default: gatefuse 103.0 us is 1.030 of Inductor's 100.0",
+                "qwen3_next layer N=16: default: gatefuse launches 21 kernels, Inductor 20",
+                "qwen3_next layer N=16: default: the pass takes 101.0 ms, 1.01 %",
+            ],
+            id="block",
+        ),
     ],
 )
 def test_check_names_what_misses(
@@ -152,19 +237,42 @@ def test_check_names_what_misses(
 ) -> None:
     contents = files()
     edit(contents, change, **where)
-    misses = report.check(report.collect(contents))
+    misses = [str(miss) for miss in marks.check(collect(contents))]
     for part in named:
-        assert any(part in miss for miss in misses), misses
+        assert any(miss.startswith(part) for miss in misses), misses
     assert len(misses) == len(named), misses
 
 
 def test_noise_is_no_miss() -> None:
     contents = files()
-    edit(contents, {"median_us": 5.14}, **STATIC, **AUTO, chain="glue", N=8192)
-    edit(contents, {"median_us": 0.5}, shapes="static", arm="limit", chain="mul")
-    edit(contents, {"median_us": 0.8}, **STATIC, arm="inductor", chain="glue_nogate", N=1024)
-    edit(contents, {"median_us": 0.8}, **STATIC, **AUTO, chain="glue_nogate", N=1024)
-    assert report.check(report.collect(contents)) == []
+    edit(contents, {"median_us": 5.09}, **STATIC, **AUTO, chain="glue", N=4096)  # CPU
+    edit(contents, {"median_us": 2.03}, **STATIC, arm="gatefuse-auto", chain="mul", N=2)
+    edit(contents, {"median_us": 1.04}, **STATIC, arm="op", chain="mul", N=8192)
+    edit(contents, {"median_us": 4.01}, **STATIC, arm="gatefuse-auto", chain="glue", N=32768)
+    edit(contents, {"median_us": 4.0}, **STATIC, arm="gatefuse-inline", chain="glue", N=32768)
+    edit(contents, {"median_us": 4.0}, **STATIC, arm="gatefuse-kernel", chain="glue", N=32768)
+    assert marks.check(collect(contents)) == []
+
+
+def test_a_loss_with_a_reason_is_shown_and_no_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = files()
+    edit(contents, {"median_us": 1.9}, **STATIC, arm="gatefuse-inline", chain="glue", N=1024)
+    found = collect(contents)
+    (miss,) = marks.check(found)
+    assert miss.reason is None
+    known = [(["glue H=4096 N=1024: best arm *"], "why")]
+    monkeypatch.setattr(marks, "reasons", lambda: known)
+    assert marks.check(found) == []
+    (loss,) = marks.losses(found)
+    assert loss.reason == "why"
+
+
+def test_a_miss_stays_one_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = files()
+    edit(contents, {"median_us": 1.06}, **STATIC, arm="op", chain="mul", N=8192)
+    monkeypatch.setattr(marks, "reasons", lambda: [(["mul H=* N=8192: the kernel *"], "why")])
+    (miss,) = marks.check(collect(contents))
+    assert miss.reason == "why"
 
 
 def test_what_was_not_measured_is_a_miss_unless_partial() -> None:
@@ -173,13 +281,32 @@ def test_what_was_not_measured_is_a_miss_unless_partial() -> None:
         row
         for row in contents[0]["rows"]
         if not (row["chain"] == "add" and row["N"] == 1024 and row["shapes"] == "static")
+        and not (row["chain"] == "mul" and row["arm"] == "op" and row["H"] == 7168)
     ]
+    (row,) = (
+        row
+        for row in contents[0]["rows"]
+        if (row["chain"], row["arm"], row["H"], row["N"], row["dtype"], row["shapes"])
+        == ("mul", "limit", 2048, 2, "bfloat16", "static")
+    )
+    del row["hot_median_us"]
     del contents[1]["rows"][2]
-    results = report.collect(contents)
-    misses = report.check(results)
-    assert len(misses) == 2 * len(grid.WIDTHS) * len(MODES) + 1
-    assert all("add" in m and "N=1024" in m for m in misses if not m.startswith("host: import"))
-    assert report.check(results, partial=True) == []
+    contents[3]["rows"] = contents[3]["rows"][1:]
+    found = collect(contents)
+    misses = [str(miss) for miss in marks.check(found)]
+    whole = [miss for miss in misses if fnmatch.fnmatchcase(miss, "add H=* N=1024*: not measured")]
+    arms = [m for m in misses if fnmatch.fnmatchcase(m, "mul H=7168 N=*: not measured: op, -")]
+    wide = grid.GRIDS["widths"]
+    dtypes = len(grid.GRIDS["dtypes"].dtypes)
+    assert len(whole) == len(grid.WIDTHS) + len(wide.widths) + dtypes
+    assert len(arms) == len(wide.rows)
+    rest = set(misses) - set(whole) - set(arms)
+    assert rest == {
+        "host: not measured: import",
+        "qwen3_next block N=16: not measured: inductor, default",
+        "mul H=2048 N=2: not measured: limit, -, hot",
+    }
+    assert marks.check(found, partial=True) == []
 
 
 def test_the_last_run_of_a_cell_counts_whole() -> None:
@@ -189,47 +316,88 @@ def test_the_last_run_of_a_cell_counts_whole() -> None:
         for row in second["rows"]
         if row["chain"] == "mul" and row["N"] == 2 and row["mode"] == "default"
     ]
-    results = report.collect([first, second])
-    key = ("static", "mul", 2048, 2, grid.DTYPE)
-    assert results.time(key, ("inductor", "default")) == 7.0
-    assert results.time(key, ("inductor", "max-autotune")) is None
-    assert results.time(("static", "mul", 2048, 1, grid.DTYPE), ("inductor", "default")) == 5.0
+    found = collect([first, second])
+    key = Key("gpu", "static", "mul", 2048, 2, grid.DTYPE)
+    assert found.time(key, INDUCTOR) == 7.0
+    assert found.time(key, ("inductor", "max-autotune")) is None
+    assert found.time(key._replace(N=1), INDUCTOR) == 5.0
 
 
-def test_render_shows_every_cell_and_the_cost_of_the_gate() -> None:
+def test_of_several_draws_the_fastest_counts_unless_one_failed() -> None:
     contents = files()
-    edit(contents, {"median_us": 1.73}, **STATIC, **AUTO, chain="glue", N=64)
+    where = {**STATIC, "chain": "glue", "N": 64, "arm": "inductor", "mode": "max-autotune"}
+    edit(contents, {"median_us": 4.5}, **where, draw=1)
+    key = Key("gpu", "static", "glue", 4096, 64, grid.DTYPE)
+    assert collect(contents).time(key, ("inductor", "max-autotune")) == 4.5
+    edit(contents, {"error": "x", "median_us": None}, **where, draw=2)
+    assert collect(contents).time(key, ("inductor", "max-autotune")) is None
+
+
+def cells_of_line(text: str, label: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_tables_show_values_spread_and_what_misses() -> None:
+    contents = files()
+    edit(contents, {"median_us": 1.99}, **STATIC, **AUTO, chain="glue", N=64)
     edit(contents, {"error": "x"}, **STATIC, arm="op", chain="mul", N=64)
-    text = report.render(report.collect(contents))
-    assert "### glue, H = 4096: cost of the gate, µs" in text
-    cost = text.split("### glue, H = 4096: cost of the gate, µs")[1].split("###")[0]
-    line = next(x for x in cost.splitlines() if x.startswith("| gatefuse-auto, default"))
-    assert [float(x) for x in line.split("|")[2:-1]] == [
-        pytest.approx(0.23 if N == 64 else 0.5) for N in grid.ROWS
+    edit(contents, {"median_us": 5.2}, **STATIC, **AUTO, chain="mul", N=1)
+    tables = report.Tables(collect(contents))
+    cost = "\n".join(tables.gate_costs("glue", 4096))
+    values = cells_of_line(cost, "**gatefuse**")
+    assert values == ["0.49" if N == 64 else "0.5" for N in grid.ROWS]
+    times = "\n".join(tables.times("mul", 4096, spread=True))
+    assert cells_of_line(times, "**gatefuse**")[:2] == ["5.2 (1.9..2.1) †", "2 (1.9..2.1)"]
+    assert cells_of_line(times, report.ARMS["op", "-"])[grid.ROWS.index(64)] == "failed"
+    alone = "\n".join(tables.alone("mul", 4096))
+    assert cells_of_line(alone, "**gatefuse**: % of the limit's")[1] == "50"
+    assert cells_of_line(alone, "**gatefuse**: GB/s")[1] == "2"
+    text = "\n\n".join(tables.all())
+    assert "## glue, H = 2048, dynamic, bfloat16" in text
+    assert "N = 2, H = 2048, µs" in text  # host
+    assert "| qwen2_moe block | 16 | 20 | 17 | 100 | 98 | 0.980 |" in "\n".join(tables.blocks())
+
+
+def test_every_document_is_filled_from_complete_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "committed", lambda: collect(files()))
+    tables = report.Tables(results.committed())
+    for name, section in documents.SECTIONS.items():
+        text = "\n".join(section(tables))
+        assert text, name
+        if name not in ("misses", "losses", "unmeasured"):
+            assert "\n|---" in text, name
+
+
+def test_cells_cover_the_grids_once_and_the_most_telling_come_first() -> None:
+    measured = [
+        pair for one in grid.GRIDS.values() for cell in one.cells() for pair in cell.measured()
     ]
-    assert "failed" in text
-    assert "### host, N = 2" in text
+    assert len(measured) == len(set(measured))
+    main = grid.GRIDS["main"].cells()
+    assert len(main) == len(grid.MAIN) * len(grid.WIDTHS) * len(grid.ROWS)
+    assert {cell.rows for cell in main[:6]} == {(2,)}
+    assert grid.block_cells()[0].tokens in grid.BLOCK_TUNED_ROWS
+    assert grid.block_cells()[-1].mode == "max-autotune"
 
 
-def test_cells_cover_the_grid_once_and_the_most_telling_come_first() -> None:
-    cells = cells_of(grid.FAMILIES, grid.SHAPES, grid.WIDTHS, grid.ROWS, MODES)
-    seen = [(c.family, c.shapes, c.H, N) for c in cells for N in c.rows]
-    assert len(seen) == len(set(seen))
-    wanted = len(grid.FAMILIES) * len(grid.WIDTHS) * len(grid.ROWS)
-    assert sum(shapes == "static" for _, shapes, _, _ in seen) == wanted
-    assert {c.rows for c in cells[:6]} == {(2,)}
-
-
-def test_required_arms_are_measured() -> None:
-    """What the report demands is what the benchmark runs."""
-    measured = {(c, a.name, a.mode) for c in grid.FAMILY for a in arms_of(c, MODES, True)}
-    empty = report.Results()
-    for shapes, key in (("static", "N=2:"), ("dynamic", "N=2 dynamic:")):
-        demanded = [m for m in report.missing(empty) if f"H=2048 {key}" in m]
-        assert demanded, shapes
-        for line in demanded:
-            chain, arm = line.split()[0], tuple(line.split(": ")[1].split(", "))
-            assert (chain, *arm) in measured
+@pytest.mark.parametrize("name", grid.VARIANTS)
+def test_variants_differ_by_the_gate_alone(name: str) -> None:
+    """With the gate wide open (weights of zero give one half) the outputs are those without."""
+    with torch.no_grad():
+        module, inputs = make_set(name, 32, 5, torch.float64, "cpu")
+        plain, _ = make_set(name + grid.NO_GATE, 32, 5, torch.float64, "cpu")
+        assert isinstance(module, Glue)
+        plain.load_state_dict(module.state_dict(), strict=False)
+        module.gate.weight.zero_()
+        if hasattr(module, "down"):
+            module.down.weight.mul_(2)
+        else:
+            inputs = (*inputs[:2], 2 * inputs[2])
+        doubled = module(*inputs)
+        if not hasattr(module, "down"):
+            inputs = (*inputs[:2], inputs[2] / 2)
+        torch.testing.assert_close(doubled, plain(*inputs))
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -237,9 +405,8 @@ def test_byte_count_is_that_of_the_tensors(name: str) -> None:
     module, inputs = make_set(name, 32, 5, torch.bfloat16, "cpu")
     tensors = [*module.parameters(), *inputs, *module(*inputs)]
     assert module.byte_count(5) == sum(t.numel() * t.element_size() for t in tensors)
-    limit = module.limit(*inputs) if hasattr(module, "gate") and name != "glue" else None
-    if limit is not None:
-        moved = [*inputs, *limit]
+    if name in ("mul", "add"):
+        moved = [*inputs, *module.limit(*inputs)]
         gate = module.gate.weight
         assert module.byte_count(5) - gate.numel() * 2 == sum(t.numel() * 2 for t in moved)
 
@@ -262,8 +429,8 @@ def test_reference_accepts_eager_and_nothing_broken(name: str, dtype: torch.dtyp
         for i in range(len(outputs)):
             for damage in (math.nan, 0.0):
                 broken = [y.clone() for y in outputs]
-                row = broken[i].abs().amax(-1).argmax()
-                broken[i][row, broken[i][row].abs().argmax()] = damage  # one element unwritten
+                flat = broken[i].view(-1)
+                flat[flat.abs().argmax()] = damage  # one element unwritten
                 with pytest.raises(AssertionError, match=f"output {i}"):
                     reference.check(tuple(broken))
         scaled = tuple(y * 1.02 for y in outputs)
@@ -337,13 +504,102 @@ def test_spread_starts_nothing_after_the_deadline() -> None:
 
 
 def test_spread_abandons_what_outlasts_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.workers.GRACE_S", 0.5)
+    monkeypatch.setattr("gatefuse.bench.workers.GRACE_S", 0.5)
     begin = time.monotonic()
     assert list(spread(work, ["sleep", "one"], 1, begin + 1)) == []
     assert time.monotonic() - begin < 60
 
 
-def test_tables_of_the_readme_are_those_of_the_committed_results() -> None:
-    from benchmarks import readme
+def test_documents_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # with the reasons
+    for path, text in documents.rendered(results.checkout()).items():
+        assert path.read_text() == text, f"{path} is not what `gatefuse bench --update` writes"
 
-    assert readme.main(["--check"]) == 0
+
+def test_every_reason_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    found = results.committed()
+    lines = [str(miss) for miss in (*marks.check(found, partial=True), *marks.losses(found))]
+    for patterns, _ in marks.reasons():
+        for pattern in patterns:
+            assert any(fnmatch.fnmatchcase(line, pattern) for line in lines), pattern
+
+
+def write(directory: Path, contents: list[dict[str, Any]]) -> list[str]:
+    paths = []
+    for content in contents:
+        paths.append(directory / f"{content['kind']}.json")
+        paths[-1].write_text(json.dumps(content))
+    return [str(path) for path in paths]
+
+
+def test_check_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    contents = files()
+    assert cli.main(["bench", "--check", *write(tmp_path, contents)]) == 0
+    assert "All marks are reached." in capsys.readouterr().out
+    edit(contents, {"median_us": 5.16}, shapes="dynamic", **AUTO, chain="mul", N=64)
+    paths = write(tmp_path, contents)
+    assert cli.main(["bench", "--check", *paths]) == 1
+    out = capsys.readouterr().out
+    assert "MISS mul H=2048 N=64 dynamic: default: gatefuse 5.16 us is 1.032" in out
+    assert cli.main(["bench", "--check", paths[0]]) == 1
+    assert cli.main(["bench", "--partial", "--report", *paths]) == 0
+
+
+def test_check_command_without_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert cli.main(["bench", "--check"]) == 2
+    assert "checkout" in capsys.readouterr().err
+
+
+QUICK = ["--quick", "--device", "cpu", "--processes", "1"]
+
+
+def measured(directory: Path, *arguments: str) -> results.Results:
+    """The results of `gatefuse bench` with the arguments."""
+    assert cli.main(["bench", *arguments, *QUICK, "--out", str(directory)]) == 0
+    (path,) = directory.glob("*.json")
+    content = json.loads(path.read_text())
+    assert content["header"]["torch"] == torch.__version__
+    assert content["rows"] and not content.get("not_run")
+    return results.load([path])
+
+
+@pytest.mark.parametrize(("one", "family"), [("variants", "glue-matmuls"), ("dynamic", "mul")])
+def test_chains_are_measured(one: str, family: str, tmp_path: Path) -> None:
+    arguments = ["core", "--grid", one, "--chains", family, "--modes", "default"]
+    found = measured(tmp_path, *arguments, "--rows", "4")
+    keys = [key for key in found.cells if key.chain == family]
+    assert {key.shapes for key in keys} == set(grid.GRIDS[one].shapes)
+    for key in keys:
+        assert found.time(key, GATEFUSE) > 0 and found.time(key, INDUCTOR) > 0
+        assert found.cells[key][GATEFUSE]["fused"] == 1
+        assert found.cells[key][INDUCTOR]["fused"] == 0
+
+
+def test_cpu_is_measured_and_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured(tmp_path, "cpu", "--chains", "mul", "--rows", "4", "--dtypes", "float32")
+    (key,) = found.cells
+    assert key == Key("cpu", "static", "mul", 128, 4, "float32")
+    assert found.time(key, GATEFUSE, "hot_median_us") > 0
+    assert "mul H=128 N=4 float32 CPU" in capsys.readouterr().out
+
+
+def test_blocks_are_measured(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    arguments = ["--models", "qwen2_moe", "--parts", "layer", "--rows", "4", "--modes", "default"]
+    found = measured(tmp_path, "blocks", *arguments)
+    arms = found.blocks[BlockKey("qwen2_moe", "layer", 4)]
+    assert arms[GATEFUSE]["fused"] == 1
+    assert 0 < arms[GATEFUSE]["kernels"] < arms[INDUCTOR]["kernels"]
+    assert 0 < arms[GATEFUSE]["pass_ms"] < arms[GATEFUSE]["compile_s"] * 1e3
+
+
+def test_host_is_measured(tmp_path: Path) -> None:
+    found = measured(tmp_path, "host", "--chains", "mul", "--width", "64")
+    by_what = {(row["what"], row.get("arm"), row.get("cache")): row for row in found.host}
+    assert by_what["call", "gatefuse-auto", None]["median_us"] > 0
+    assert by_what["compile", "gatefuse-auto", "cold"]["pass_ms"] > 0
+    assert by_what["import", None, None]["median_ms"] > 0

@@ -1,31 +1,26 @@
 """Is the kernel's launch rule near the best launch? All block sizes and warps, by width and dtype.
 
-    python -m benchmarks.launch_rule --out DIR [--widths 1024,...] [--rows 16,1024]
-        [--dtypes bfloat16,float32]
-
 Each configuration is checked against float64 on poisoned outputs, then timed as the other
-benchmarks are, without and with programmatic dependent launch. Prints, by width and dtype, how much
-slower the rule (``gatefuse.kernels.launch_config``) is than the fastest configuration: the
-geometric mean over rows and launches.
+benchmarks are, without and with programmatic dependent launch. The summary tells, by width and
+dtype, how much slower the rule (``gatefuse.kernels.launch_config``) is than the fastest
+configuration: the geometric mean over rows and launches.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import results
-from benchmarks.timing import Replay, interleaved, plan
 from gatefuse import kernels
+from gatefuse.bench import results
+from gatefuse.bench.timing import Replay, interleaved, plan
 from gatefuse.kernels import LaunchConfig
-
-WIDTHS = (1024, 2048, 2560, 3072, 3584, 4096, 5120, 7168)
 
 
 def configurations(width: int) -> Iterator[LaunchConfig]:
@@ -104,25 +99,29 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.launch_rule")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--widths", default=",".join(map(str, WIDTHS)))
-    parser.add_argument("--rows", default="16,1024")
-    parser.add_argument("--dtypes", default="bfloat16,float32")
-    args = parser.parse_args(arguments)
-    path = results.new_path(args.out, "launch-rule")
-    rows: list[dict[str, Any]] = []
+def run(
+    widths: Sequence[int],
+    rows: Sequence[int],
+    dtypes: Sequence[str],
+    out: Path,
+    time_budget: float,
+) -> tuple[Path, int]:
+    """Returns the result file and an exit code: 2 if the time was over before all was measured."""
+    begin = time.monotonic()
+    path = results.new_path(out, "launch-rule")
+    measured: list[dict[str, Any]] = []
+    header = results.header("cuda", sys.argv[1:])
+    content = {"kind": "launch-rule", "header": header, "rows": measured}
+    results.write(path, content)
+    code = 0
     with torch.no_grad():
-        for dtype in args.dtypes.split(","):
-            for width in map(int, args.widths.split(",")):
-                for n in map(int, args.rows.split(",")):
-                    rows += measure(width, n, getattr(torch, dtype))
-                    header = results.header("cuda", arguments)
-                    results.write(path, {"kind": "launch-rule", "header": header, "rows": rows})
-    print("\n".join(summary(rows)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        for dtype in dtypes:
+            for width in widths:
+                for n in rows:
+                    if time.monotonic() - begin > time_budget:
+                        code = 2
+                        continue
+                    measured += measure(width, n, getattr(torch, dtype))
+                    results.write(path, content)
+    print("\n".join(summary(measured)))
+    return path, code

@@ -26,6 +26,8 @@ Key = TypeVar("Key", bound=Hashable)
 
 COLD_FACTOR = 3  # an input is cold after this many times the L2 cache has been read
 MAX_CALLS = 1024
+LEAST_ROUNDS = 11
+ENOUGH_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Replay:
     def __init__(
         self, call: Callable[[int], tuple[torch.Tensor, ...]], calls: int, device: str, pool: Any
     ) -> None:
+        self.call = call
         self.calls = calls
         self.outputs: tuple[torch.Tensor, ...] = ()
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -119,7 +122,10 @@ class Replay:
 
 
 def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Key, Timing]:
-    """Device time per call of each replay; one sample of each in every round."""
+    """Device time per call of each replay; one sample of each in every round.
+
+    After ``ENOUGH_S`` seconds, which a slow CPU may need for large inputs, fewer rounds are enough.
+    """
     samples: dict[Key, list[float]] = {key: [] for key in replays}
     flush = _flush_buffer(device)
 
@@ -147,7 +153,10 @@ def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Ke
         sample_all()
     for values in samples.values():
         values.clear()
-    for _ in range(rounds):
+    begin = time.monotonic()
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and time.monotonic() - begin > ENOUGH_S:
+            break
         sample_all()
     return {key: Timing.of(samples[key], replays[key].calls) for key in replays}
 

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 GRACE_S = 15.0  # what items that outlast the deadline are given to end
 
@@ -55,7 +55,7 @@ class DeviceLock:
             with self:
                 return measure(*args, **kwargs)
 
-        benchmarker.benchmark_gpu = alone
+        benchmarker.benchmark_gpu = alone  # type: ignore[method-assign]
 
 
 def _serve(connection: Connection, lock_path: str, work: Callable[[Any, DeviceLock], Any]) -> None:
@@ -123,7 +123,7 @@ def spread(
                 ready = wait(list(running), timeout=1.0)
                 if not ready and time.monotonic() > deadline + GRACE_S:
                     return
-                for connection in ready:
+                for connection in cast(list[Connection], ready):
                     item, begun = running.pop(connection)
                     longest = max(longest, time.monotonic() - begun)
                     try:

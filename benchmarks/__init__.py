@@ -1,1 +1,0 @@
-"""Benchmarks of gatefuse, one file per question. See the docstring of each module for its use."""

@@ -1,0 +1,252 @@
+"""What does gatefuse gain in real layers? Kernels and GPU time of modules of transformers.
+
+The sparse MoE block and one decoder layer with full attention of Qwen3-Next-80B-A3B and
+Qwen1.5-MoE-A2.7B, at their real widths, in bfloat16, with as many experts as a token is routed to.
+Up to 256 tokens are a batch of single tokens (decode), more are one sequence (prefill).
+
+Both arms of a cell are compiled, compared with eager, profiled (kernels launched per call, the sum
+of their durations), and timed interleaved through CUDA graphs; where a module cannot be captured,
+its time is the profiler's sum, and ``timed_by`` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+import torch._inductor.config
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import gatefuse
+from gatefuse.bench.core import columns, inductor_options, release_memory, reraise_if_broken
+from gatefuse.bench.grid import BlockCell
+from gatefuse.bench.host import timed_pass
+from gatefuse.bench.results import BenchError, Row
+from gatefuse.bench.sweep import Setting, sweep
+from gatefuse.bench.timing import Replay, Timing, interleaved
+from gatefuse.bench.workers import DeviceLock
+
+ARMS = ("inductor", "gatefuse-auto")
+CLASSES = {"qwen3_next": "Qwen3Next", "qwen2_moe": "Qwen2Moe"}
+FULL_ATTENTION_LAYER = 3  # of Qwen3-Next, whose other layers are gated delta nets
+DECODE_TOKENS = 256
+CALLS = 8  # in a sample
+PROFILED_CALLS = 4
+NO_KERNELS = ("Memcpy", "Memset", "Context Sync")  # what else happens on a GPU
+
+SMALL = {
+    "hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+"""Sizes for a try without a GPU."""
+
+Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+def config_of(model: str, small: bool) -> Any:
+    """The model's own sizes, with as many experts as a token is routed to: the default ones of the
+    configurations are Qwen3-Next-80B-A3B's and Qwen1.5-MoE-A2.7B's."""
+    transformers: Any = importlib.import_module("transformers")
+    config = getattr(transformers, f"{CLASSES[model]}Config")(**(SMALL if small else {}))
+    config.num_experts = config.num_experts_per_tok
+    config._experts_implementation = "grouped_mm"  # the others break the graph or copy weights
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def make_module(cell: BlockCell, setting: Setting) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The module with random weights, and its inputs: hidden states, and the rotary embedding's
+    cosine and sine."""
+    config = config_of(cell.model, setting.small)
+    path = f"transformers.models.{cell.model}.modeling_{cell.model}"
+    classes: Any = importlib.import_module(path)
+    prefix = CLASSES[cell.model]
+    batched = cell.tokens <= DECODE_TOKENS
+    shape = (cell.tokens, 1) if batched else (1, cell.tokens)
+    with torch.device(setting.device):
+        if cell.part == "block":
+            module = getattr(classes, f"{prefix}SparseMoeBlock")(config)
+        else:
+            module = getattr(classes, f"{prefix}DecoderLayer")(config, FULL_ATTENTION_LAYER)
+        for parameter in module.parameters():
+            if parameter.dim() == 1:
+                nn.init.uniform_(parameter, 0.5, 1.5)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+        hidden = torch.randn(*shape, config.hidden_size, dtype=torch.bfloat16)
+        positions = torch.arange(shape[1]).expand(shape)
+        rotary = getattr(classes, f"{prefix}RotaryEmbedding")(config)
+        cos, sin = rotary(hidden, positions)
+    return module.to(torch.bfloat16).eval(), (hidden, cos, sin)
+
+
+def call_block(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out: Tensor = module(hidden)
+    return out
+
+
+def call_layer(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = module(hidden, position_embeddings=(cos, sin), attention_mask=None)
+    tensor: Tensor = out[0] if isinstance(out, tuple) else out
+    return tensor
+
+
+CALL: dict[str, Call] = {"block": call_block, "layer": call_layer}
+
+
+def compile_arm(
+    arm: str, cell: BlockCell, module: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[Call, Tensor, Row]:
+    """The compiled function, its result, and what is known of the compile."""
+    torch._dynamo.reset()
+    options = inductor_options(arm, cell.mode)
+    function = torch.compile(CALL[cell.part], fullgraph=True, dynamic=False, options=options)
+    begin = time.perf_counter()
+    with gatefuse.record() as report, timed_pass() as spent:
+        result = function(module, *inputs)
+    sites = [site for graph in report.graphs for site in graph.sites]
+    if report.fused != (1 if arm.startswith("gatefuse-") else 0):
+        raise RuntimeError(f"{report.fused} gates were fused\n{report}")
+    facts = {
+        "compile_s": round(time.perf_counter() - begin, 3),
+        "pass_ms": round(sum(spent) * 1e3, 3),
+        "fused": report.fused,
+        "placement": sorted({str(site.placement) for site in sites}),
+    }
+    return function, result, facts
+
+
+def profiled(call: Callable[[], Any], device: str) -> tuple[int, float]:
+    """Kernels per call and the sum of their durations in µs (on the CPU: operators)."""
+    on_gpu = device == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as found:
+        for _ in range(PROFILED_CALLS):
+            call()
+        if on_gpu:
+            torch.cuda.synchronize()
+    events = [
+        event
+        for event in found.events() or []
+        if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)
+        and not getattr(event, "is_user_annotation", False)
+        and not event.name.startswith(NO_KERNELS)
+    ]
+    microseconds = sum(float(event.time_range.elapsed_us()) for event in events)
+    return round(len(events) / PROFILED_CALLS), microseconds / PROFILED_CALLS
+
+
+def time_calls(
+    calls: dict[str, Callable[[], Tensor]], device: str, rounds: int
+) -> tuple[dict[str, Timing], str]:
+    """Device time of each call, and how it was measured: ``"graph"``, or ``"profiler"`` if one of
+    them cannot be captured in a CUDA graph (on the CPU ``"graph"`` is a loop)."""
+    try:
+        replays = {
+            arm: Replay(lambda i, call=call: (call(),), CALLS, device, None)  # type: ignore[misc]
+            for arm, call in calls.items()
+        }
+    except RuntimeError as error:
+        reraise_if_broken(device, error)
+        samples: dict[str, list[float]] = {arm: [] for arm in calls}
+        for _ in range(rounds):
+            for arm, call in calls.items():
+                samples[arm].append(profiled(call, device)[1])
+        return {arm: Timing.of(samples[arm], PROFILED_CALLS) for arm in calls}, "profiler"
+    return interleaved(replays, rounds, device), "graph"
+
+
+def rms(t: Tensor) -> float:
+    return float(t.float().square().mean().sqrt())
+
+
+def key_columns(cell: BlockCell, arm: str) -> Row:
+    """The columns that tell what a row is of."""
+    return {
+        "model": cell.model,
+        "part": cell.part,
+        "tokens": cell.tokens,
+        "arm": arm,
+        "mode": cell.mode,
+    }
+
+
+def failed_rows(cell: BlockCell, error: str) -> list[Row]:
+    """The rows of a cell whose process died."""
+    return [{**key_columns(cell, arm), "error": error} for arm in ARMS]
+
+
+def run_cell(setting: Setting, cell: BlockCell, lock: DeviceLock) -> list[Row]:
+    """Compile, check, profile and time both arms; their result rows, µs per call."""
+    torch.manual_seed(setting.seed + zlib.crc32(repr(cell).encode()))
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools")
+    # A graph from the cache comes without the detail of its sites.
+    torch._inductor.config.fx_graph_cache = False
+    torch._functorch.config.enable_autograd_cache = False
+    device = setting.device
+    rows = {arm: key_columns(cell, arm) for arm in ARMS}
+    calls: dict[str, Callable[[], Tensor]] = {}
+    inductor_error = 0.0
+    with torch.no_grad(), fresh_cache():
+        module, inputs = make_module(cell, setting)
+        eager = CALL[cell.part](module, *inputs).float()
+        for arm, row in rows.items():
+            try:
+                # Tuned kernels are shared, which takes half the time; else nothing is.
+                own = fresh_cache() if cell.mode == "default" else contextlib.nullcontext()
+                with own:
+                    function, result, facts = compile_arm(arm, cell, module, inputs)
+                # Both round otherwise than eager does; gatefuse may not be further off.
+                error = rms(result.float() - eager)
+                inductor_error = inductor_error or error
+                allowed = 2 * inductor_error + torch.finfo(torch.bfloat16).eps * rms(eager)
+                if not error <= allowed:
+                    raise AssertionError(f"error {error:.3e} > {allowed:.3e}")
+                call = functools.partial(function, module, *inputs)
+                with lock:
+                    profiled(call, device)  # the profiler's own start
+                    kernels, microseconds = profiled(call, device)
+                row |= {**facts, "kernels": kernels, "profiler_us": round(microseconds, 3)}
+                calls[arm] = call
+            except Exception as error:
+                reraise_if_broken(device, error)
+                row["error"] = f"{error!r}"[:500]
+        with lock:
+            timings, timed_by = time_calls(calls, device, setting.rounds)
+    for arm, timing in timings.items():
+        rows[arm] |= {"timed_by": timed_by, **columns(timing)}
+    release_memory(device)
+    return list(rows.values())
+
+
+def run(
+    cells: Sequence[BlockCell],
+    setting: Setting,
+    out: Path,
+    processes: int,
+    time_budget: float,
+) -> tuple[Path, int]:
+    """Measure ``cells``; see :func:`gatefuse.bench.sweep.sweep`. Raises BenchError without
+    transformers."""
+    if importlib.util.find_spec("transformers") is None:
+        raise BenchError("transformers is not installed: pip install 'gatefuse[demo]'")
+    work = functools.partial(run_cell, setting)
+    return sweep("blocks", setting.device, cells, work, failed_rows, out, processes, time_budget)
