@@ -17,6 +17,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["linear_sigmoid_mul", "linear_sigmoid_mul_reference"]
 
@@ -144,6 +145,20 @@ def _row_ordered(t: Tensor) -> bool:
     return all(a >= b > 0 for a, b in zip(strides, strides[1:]))
 
 
+_seen = WeakTensorKeyDictionary()
+
+
+def _settled(weight: Tensor) -> bool:
+    """Whether the kernel that runs just before a launch cannot be the one that wrote ``weight``: it
+    is a parameter, and an earlier launch has waited for what is in it now."""
+    if not isinstance(weight, torch.nn.Parameter) or weight.is_inference():
+        return False
+    version = weight._version
+    settled: bool = _seen.get(weight) == version
+    _seen[weight] = version
+    return settled
+
+
 def _triton(
     input: Tensor,
     weight: Tensor,
@@ -169,18 +184,18 @@ def _triton(
     if logit_dtype is not None:
         logit = torch.empty(*input.shape[:-1], 1, dtype=logit_dtype, device=value.device)
     pdl = value.device.type == "cuda" and kernels.supports_pdl(value.device.index or 0)
+    weight_row = weight.contiguous()
     with torch.get_device_module(value.device.type).device(value.device):
         kernels.launch(
             rows,
-            weight.contiguous(),
+            weight_row,
             bias,
             value_rows,
             addend_rows,
             out.view(value_rows.shape),
             None if logit is None else logit.view(-1),
             pdl=pdl,
-            # A parameter is not written by the kernel that runs just before this one.
-            weight_first=pdl and isinstance(weight, torch.nn.Parameter),
+            weight_first=pdl and weight_row is weight and _settled(weight),
         )
     return out, logit
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gatefuse
+from gatefuse import ops
 
 OP = torch.ops.gatefuse.linear_sigmoid_mul.default
 OP_LOGIT = torch.ops.gatefuse.linear_sigmoid_mul_logit.default
@@ -203,3 +204,13 @@ def test_op_in_a_compiled_function_rounds_once():
     with torch._inductor.config.patch(emulate_precision_casts=True):
         out = torch.compile(gatefuse.linear_sigmoid_mul)(**ops)
     assert torch.equal(out, plain)
+
+
+def test_a_weight_is_loaded_early_only_if_it_was_waited_for() -> None:
+    """Before the grid's dependencies are done, what the kernel before wrote may not be there."""
+    weight = torch.nn.Parameter(torch.randn(1, 8))
+    assert [ops._settled(weight) for _ in range(3)] == [False, True, True]
+    with torch.no_grad():
+        weight.mul_(2)
+    assert [ops._settled(weight) for _ in range(2)] == [False, True]
+    assert not any(ops._settled(weight.detach()) for _ in range(2))
