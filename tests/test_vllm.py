@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from harness import run_python
 
-from gatefuse.integrations import vllm_count, vllm_hoist
+from gatefuse import FusionError, Options
+from gatefuse.integrations import vllm, vllm_count, vllm_hoist
 
 
 class Expert:
@@ -110,6 +111,23 @@ def test_hoisted_gate_gives_the_same_result() -> None:
     assert torch.equal(runner.forward(routed, None, x), before)
 
 
+def test_weight_of_a_hoisted_gate_is_kept_where_vllm_packs_it() -> None:
+    class Packs:
+        def process_weights_after_loading(self, layer: Any) -> None:
+            layer.packed = layer.weight
+            layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+    gate, x = Gate(), torch.randn(3, 8)
+    gate.quant_method = Packs()
+    expert = Expert(gate)
+    runner = Runner("layer", expert)
+    before = runner.forward(x, None, x)
+    vllm_hoist._hoist(runner, expert)
+    gate.quant_method.process_weights_after_loading(gate)
+    assert gate.packed is gate.weight
+    assert torch.equal(runner.forward(x, None, x), before)
+
+
 def test_known_runner() -> None:
     assert vllm_hoist._runner_problem(Runner) is None
     assert "_forward_entry" in str(vllm_hoist._runner_problem(OtherRunner))
@@ -179,6 +197,109 @@ def test_count_of_compiled_code() -> None:
 
     assert vllm_count.fused_in(runnable) == Counter(fused=2, inline=2, kernel=0)
     assert vllm_count.fused_in(lambda: None)["fused"] == 0
+
+
+class Worker:
+    """As vLLM's workers look to the count; its compiled pieces are counted already."""
+
+    def __init__(self, *models: Counter[str], rank: int = 0) -> None:
+        self.model_runner = SimpleNamespace(model=None)
+        self.vllm_config = SimpleNamespace(
+            compilation_config=SimpleNamespace(),
+            parallel_config=SimpleNamespace(rank=rank),
+        )
+        key = id(self.vllm_config.compilation_config)
+        vllm_count._counted[key] = {str(i): model for i, model in enumerate(models)}
+
+
+def fused(n: int, placement: str = "inline") -> Counter[str]:
+    return Counter({"fused": n, placement: n})
+
+
+@pytest.fixture
+def tell(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
+    """Tells of a worker, with a number of gates that were hoisted and left; returns the lines."""
+
+    def tell(worker: Worker, hoisted: int, left: int = 0, expect: int = 0) -> list[str]:
+        graph_pass = SimpleNamespace(hoisted=["layer"] * hoisted, options=Options(expect=expect))
+        monkeypatch.setattr(vllm, "pass_of", lambda config: graph_pass if hoisted else None)
+        monkeypatch.setattr(vllm_hoist, "left_alone", lambda config: left)
+        caplog.clear()
+        with caplog.at_level("INFO", "vllm.gatefuse"):
+            vllm_count._tell(worker)
+        return caplog.messages
+
+    yield tell
+    vllm_count._counted.clear()
+
+
+def test_line_of_an_engine(tell: Any) -> None:
+    """A model and its draft model are one engine; gates that were left are part of the total."""
+    assert tell(Worker(fused(3)), 3) == [
+        "gatefuse: 3 of 3 shared-expert gates fused (placement inline)"
+    ]
+    assert tell(Worker(fused(3), fused(1, "kernel")), 4, left=2) == [
+        "gatefuse: 4 of 6 shared-expert gates fused (placement 3 inline, 1 kernel)"
+    ]
+    assert tell(Worker(), 0, left=2) == [
+        "gatefuse: 0 of 2 shared-expert gates fused (placement none)"
+    ]
+    assert tell(Worker(), 0) == []
+    assert tell(Worker(fused(3), rank=1), 3) == []
+
+
+def test_expect_of_an_engine(tell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell(Worker(fused(2), fused(1)), 3, expect=3)
+    with pytest.raises(FusionError, match="expected at least 4 fused gates in the engine, fused 3"):
+        tell(Worker(fused(2), fused(1)), 4, expect=4)
+    monkeypatch.setenv("GATEFUSE_EXPECT", "1")
+    with pytest.raises(FusionError, match="fused 0"):
+        tell(Worker(), 0, left=2)
+
+
+def test_start_of_a_worker_is_told_once() -> None:
+    """Also where a worker's method calls that of its super class, and both are followed."""
+
+    class Base:
+        def start(self) -> str:
+            return "started"
+
+    class Derived(Base):
+        def start(self) -> str:
+            return super().start()
+
+    told: list[Any] = []
+    for owner in (Base, Derived):
+        vllm_count._after(owner, "start", told.append)
+    base, derived = Base(), Derived()
+    assert base.start() == derived.start() == "started"
+    assert told == [base, derived]
+
+
+def test_count_of_a_model_that_is_compiled_as_a_whole() -> None:
+    """With and without ahead-of-time compilation; what vLLM does not compile counts nothing."""
+
+    class Compiled:
+        counter_deltas: Counter[str]
+
+        def __init__(self, n: int) -> None:
+            self.counter_deltas = Counter(gatefuse_fused=n, gatefuse_inline=n)
+
+    class Model(torch.nn.Module):
+        pass
+
+    ahead, lazy = Model(), Model()
+    ahead.do_not_compile = lazy.do_not_compile = False
+    ahead.aot_compiled_fn = [Compiled(2)]
+    variables: dict[str, Any] = {"__compiled_fn_0": [Compiled(3)], "other": Compiled(9)}
+    exec("def forward(self): ...", variables)
+    Model.forward = variables["forward"]
+    left = torch.nn.Linear(1, 1)
+    runner = SimpleNamespace(
+        model=torch.nn.ModuleList([left, ahead]), drafter=SimpleNamespace(model=lazy)
+    )
+    counted = vllm_count._of_whole_models(SimpleNamespace(model_runner=runner))
+    assert [c["fused"] for c in counted] == [2, 3]
 
 
 def test_plugin_imports_no_vllm() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +63,6 @@ def _pass_class() -> type:
             super().__init__(settings.resolve({}) if options is None else options)
             self.before = before
             self.hoisted = list(hoisted)
-            self.counted: dict[str, Counter[str]] = {}  # by compiled model
 
         def __reduce__(self) -> Any:
             return make_pass, (self.options, self.before, tuple(self.hoisted))

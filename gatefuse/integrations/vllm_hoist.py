@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 __all__ = ["install", "left_alone"]
 
@@ -180,6 +181,7 @@ def _gate_found(runner: Any, known: Any, expert: Any, held: bool) -> None:
         problem = _layer_problem(runner, known, expert, held)
     except Exception as e:  # internals of a version that looks different
         problem = f"the layer cannot be read: {type(e).__name__}: {e}"
+    vllm_count.install()
     if problem is not None:
         if problem not in _logged:
             _logged.add(problem)
@@ -189,12 +191,12 @@ def _gate_found(runner: Any, known: Any, expert: Any, held: bool) -> None:
     graph_pass = vllm.add_pass(compilation_config)
     _hoist(runner, expert)
     graph_pass.hoisted.append(runner.layer_name)
-    vllm_count.install()
 
 
 def _hoist(runner: Any, expert: Any) -> None:
     gate, entry = expert.expert_gate, runner._forward_entry
     expert.expert_gate = None  # the model's block still holds the gate, for weights and the like
+    _keep_weight(gate)
 
     def gated(
         hidden_states: Any, router_logits: Any, shared_experts_input: Any, *rest: Any
@@ -202,6 +204,23 @@ def _hoist(runner: Any, expert: Any) -> None:
         shared, fused = entry(hidden_states, router_logits, shared_experts_input, *rest)
         # hidden_states may be padded or projected for the routed experts.
         x = hidden_states if shared_experts_input is None else shared_experts_input
-        return torch.sigmoid(gate(x)[0]) * shared, fused
+        # Not gate(x): vLLM's linears are opaque ops of their own on the CPU and on ROCm.
+        return torch.sigmoid(F.linear(x, gate.weight)) * shared, fused
 
     runner._forward_entry = gated
+
+
+def _keep_weight(gate: Any) -> None:
+    """Keep the gate's weight as it was loaded: vLLM on the CPU packs it for its own linear."""
+    method: Any = getattr(gate, "quant_method", None)
+    process = getattr(method, "process_weights_after_loading", None)
+    if process is None:
+        return
+
+    def process_weights_after_loading(layer: torch.nn.Module) -> None:
+        weight = layer.weight
+        process(layer)
+        if layer is gate:
+            layer.weight = weight
+
+    method.process_weights_after_loading = process_weights_after_loading

@@ -4,7 +4,8 @@ Usage: python engine.py OUT.pt '{"model": folder, ...LLM arguments}'
 
 OUT.pt holds a dict: tokens and log-probabilities of all tokens of the vocabulary (at each position
 of the prompts and for each new token), the graphs after vLLM's passes, vLLM's hash of the
-configuration, vLLM's match table, and gatefuse's counter.
+configuration, vLLM's match table, and gatefuse's counter. "hook" in the compilation config puts a
+pass on vLLM's hook: "gatefuse", or "own" for one that is none of gatefuse's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,20 @@ def table(entry: dict[int, Any], size: int) -> torch.Tensor:
     for token, logprob in entry.items():
         row[token] = logprob.logprob
     return row
+
+
+seen_by_own_pass: list[str] = []
+
+
+def own_pass() -> Any:
+    """A user's own pass, which changes nothing."""
+    from vllm.compilation.passes.inductor_pass import InductorPass
+
+    class OwnPass(InductorPass):
+        def __call__(self, graph: Any) -> None:
+            seen_by_own_pass.append(str(graph))
+
+    return OwnPass()
 
 
 def main(out: str, arguments: dict[str, Any]) -> None:
@@ -62,10 +77,11 @@ def main(out: str, arguments: dict[str, Any]) -> None:
     )
     if isinstance(arguments.get("compilation_config"), dict):
         config = arguments["compilation_config"]
-        if config.pop("pass_object", False):
+        if (which := config.pop("hook", None)) is not None:
             import gatefuse
 
-            config["inductor_compile_config"] = {"post_grad_custom_post_pass": gatefuse.vllm_pass}
+            hook = {"gatefuse": gatefuse.vllm_pass, "own": own_pass()}[which]
+            config["inductor_compile_config"] = {"post_grad_custom_post_pass": hook}
     llm = LLM(**arguments)
     params = SamplingParams(
         temperature=0,
@@ -91,6 +107,7 @@ def main(out: str, arguments: dict[str, Any]) -> None:
         ],
         "graphs": graphs,
         "traced": traced,
+        "seen_by_own_pass": seen_by_own_pass,
         "hash": llm.llm_engine.vllm_config.compute_hash(),
         "matches": dict(VllmPatternMatcherPass.match_table),
         "counter": counters["inductor"]["gatefuse_fused"],

@@ -1,4 +1,4 @@
-"""Tiny Qwen2-MoE and Qwen3-Next checkpoints with random weights, the same in every run.
+"""Tiny checkpoints with random weights of models with a gate, the same in every run.
 
 A folder holds config.json and a bfloat16 model.safetensors in the layout of Hugging Face. There is
 no tokenizer: prompts are token ids.
@@ -37,6 +37,20 @@ _SHARED: dict[str, Any] = dict(
     eos_token_id=2,
 )
 
+_HYBRID: dict[str, Any] = dict(
+    num_hidden_layers=4,
+    shared_expert_intermediate_size=64,
+    norm_topk_prob=True,
+    head_dim=32,
+    full_attention_interval=4,
+    partial_rotary_factor=0.25,
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=64,
+    linear_value_head_dim=64,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": _SHARED
     | dict(
@@ -46,23 +60,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         shared_expert_intermediate_size=128,
         norm_topk_prob=False,
     ),
-    # Three layers with a gated delta net and one with attention, as in the real model.
-    "qwen3_next": _SHARED
+    # Qwen3-MoE has no shared expert; what derives from it may, as in Qwen3-Omni's talker.
+    "qwen3_moe": _SHARED
     | dict(
-        architectures=["Qwen3NextForCausalLM"],
-        model_type="qwen3_next",
-        num_hidden_layers=4,
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        num_hidden_layers=2,
         shared_expert_intermediate_size=64,
         norm_topk_prob=True,
         head_dim=32,
-        full_attention_interval=4,
-        partial_rotary_factor=0.25,
-        linear_conv_kernel_dim=4,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
     ),
+    # Three layers with a gated delta net and one with attention, as in the real models.
+    "qwen3_5_moe": _SHARED
+    | _HYBRID
+    | dict(architectures=["Qwen3_5MoeForCausalLM"], model_type="qwen3_5_moe_text"),
+    "qwen3_next": _SHARED
+    | _HYBRID
+    | dict(architectures=["Qwen3NextForCausalLM"], model_type="qwen3_next"),
 }
 
 
@@ -73,7 +87,7 @@ def build(folder: Path, name: str) -> Path:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     generator = torch.Generator().manual_seed(0)
     weights = {
-        key: _values(key, shape, generator, name == "qwen3_next")
+        key: _values(key, shape, generator, "full_attention_interval" in config)
         for key, shape in _shapes(config).items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -87,10 +101,10 @@ def _shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (H,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (H,)
-        if c["model_type"] == "qwen2_moe":
-            shapes |= _attention(f"{layer}.self_attn", c, H // c["num_attention_heads"])
+        if "full_attention_interval" not in c:
+            shapes |= _attention(f"{layer}.self_attn", c)
         elif (i + 1) % c["full_attention_interval"] == 0:
-            shapes |= _gated_attention(f"{layer}.self_attn", c)
+            shapes |= _attention(f"{layer}.self_attn", c, gated=True)
         else:
             shapes |= _delta_net(f"{layer}.linear_attn", c)
         shapes[f"{layer}.mlp.gate.weight"] = (c["num_experts"], H)
@@ -111,35 +125,30 @@ def _mlp(prefix: str, H: int, width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _attention(prefix: str, c: dict[str, Any], head: int) -> dict[str, tuple[int, ...]]:
+def _attention(prefix: str, c: dict[str, Any], gated: bool = False) -> dict[str, tuple[int, ...]]:
+    """gated: queries come with a gate of the same size."""
     H, shapes = c["hidden_size"], {}
-    sizes = dict(q=c["num_attention_heads"], k=c["num_key_value_heads"], v=c["num_key_value_heads"])
-    for which, heads in sizes.items():
+    head = c.get("head_dim", H // c["num_attention_heads"])
+    kv = c["num_key_value_heads"]
+    for which, heads in dict(q=c["num_attention_heads"] * (1 + gated), k=kv, v=kv).items():
         shapes[f"{prefix}.{which}_proj.weight"] = (heads * head, H)
-        shapes[f"{prefix}.{which}_proj.bias"] = (heads * head,)
+        if c["model_type"] == "qwen2_moe":
+            shapes[f"{prefix}.{which}_proj.bias"] = (heads * head,)
+        elif which != "v":
+            shapes[f"{prefix}.{which}_norm.weight"] = (head,)
     shapes[f"{prefix}.o_proj.weight"] = (H, c["num_attention_heads"] * head)
     return shapes
-
-
-def _gated_attention(prefix: str, c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    head = c["head_dim"]
-    shapes = _attention(prefix, c, head)
-    shapes = {key: shape for key, shape in shapes.items() if not key.endswith("bias")}
-    # Queries come with a gate of the same size; queries and keys are normalised.
-    shapes[f"{prefix}.q_proj.weight"] = (
-        2 * c["num_attention_heads"] * head,
-        c["hidden_size"],
-    )
-    return shapes | {f"{prefix}.q_norm.weight": (head,), f"{prefix}.k_norm.weight": (head,)}
 
 
 def _delta_net(prefix: str, c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     H, heads = c["hidden_size"], c["linear_num_value_heads"]
     keys = c["linear_num_key_heads"] * c["linear_key_head_dim"]
     values = heads * c["linear_value_head_dim"]
-    return {
-        f"{prefix}.in_proj_qkvz.weight": (2 * keys + 2 * values, H),
-        f"{prefix}.in_proj_ba.weight": (2 * heads, H),
+    if c["model_type"] == "qwen3_next":
+        projections = dict(qkvz=2 * keys + 2 * values, ba=2 * heads)
+    else:
+        projections = dict(qkv=2 * keys + values, z=values, b=heads, a=heads)
+    return {f"{prefix}.in_proj_{name}.weight": (rows, H) for name, rows in projections.items()} | {
         f"{prefix}.conv1d.weight": (2 * keys + values, 1, c["linear_conv_kernel_dim"]),
         f"{prefix}.A_log": (heads,),
         f"{prefix}.dt_bias": (heads,),
@@ -149,15 +158,15 @@ def _delta_net(prefix: str, c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _values(
-    key: str, shape: tuple[int, ...], generator: torch.Generator, next_norms: bool
+    key: str, shape: tuple[int, ...], generator: torch.Generator, hybrid: bool
 ) -> torch.Tensor:
     """Normal values, of a size that keeps activations near 1."""
     values = torch.randn(shape, generator=generator)
     if key.endswith("A_log"):
         values = values.abs()
     elif "norm" in key:
-        # Qwen3-Next multiplies by 1 + weight, except in its delta net.
-        values = 0.05 * values + float(not next_norms or "linear_attn" in key)
+        # The hybrid models multiply by 1 + weight, except in their delta nets.
+        values = 0.05 * values + float(not hybrid or "linear_attn" in key)
     elif "embed_tokens" not in key:
         values *= 0.1 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
     return values.bfloat16()

