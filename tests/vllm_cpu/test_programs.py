@@ -102,11 +102,11 @@ def _post(url: str, body: dict[str, Any]) -> Any:
 
 
 def test_benchmark(place: Path, environment: Environment, tmp_path: Path) -> None:
-    """All of benchmarks/vllm.py but the sizes: engines that take turns, rounds, profiles, tables.
+    """All of bench/vllm.py but the sizes: engines that take turns, rounds, profiles, tables.
 
     The hand-written kernel is called once in each layer; the plugin's gate is in Inductor's code.
     """
-    command = [sys.executable, "-m", "benchmarks.vllm", "--out", str(tmp_path), "--tiny"]
+    command = [sys.executable, "-m", "gatefuse.bench.vllm", "--out", str(tmp_path), "--tiny"]
     done = subprocess.run(
         [*command, "--layers", "2", "--arms", "plugin,hand-kernel", "--rounds", "2"],
         env=environment("benchmark"),

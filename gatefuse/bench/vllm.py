@@ -1,8 +1,8 @@
 """What does the fused gate gain in vLLM? Tokens per second, and the device's work in a step.
 
-    python -m benchmarks.vllm --out DIR [--model qwen2_moe|qwen3_next] [--layers N]
+    python -m gatefuse.bench.vllm --out DIR [--model qwen2_moe|qwen3_next] [--layers N]
         [--arms vllm,plugin,...] [--rounds 8] [--together 2] [--time-budget 560] [--tiny]
-    python -m benchmarks.vllm --table FILE...
+    python -m gatefuse.bench.vllm --table FILE...
 
 Offline engines with dummy weights of the model's shapes in bfloat16: no network, no checkpoint, no
 tokenizer. Each arm is an engine in a process of its own. ``--together`` engines are up at the same
@@ -22,14 +22,15 @@ gatefuse need not be installed: where its entry points are not found, the engine
 them from pyproject.toml. So on a machine without a network, where vLLM can be imported, from the
 root of a checkout, each within ten minutes:
 
-    python -m benchmarks.vllm --out OUT --model qwen2_moe
-    python -m benchmarks.vllm --out OUT --model qwen3_next
+    python -m gatefuse.bench.vllm --out OUT --model qwen2_moe
+    python -m gatefuse.bench.vllm --out OUT --model qwen3_next
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import json
 import multiprocessing
@@ -46,8 +47,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, results
-from benchmarks.vllm_engine import Workload, serve
+from gatefuse.bench import report, results
+from gatefuse.bench.vllm_engine import Workload, serve
 
 OFF, NO_OVERLAP = {"GATEFUSE_DISABLE": "1"}, {"VLLM_DISABLE_SHARED_EXPERTS_STREAM": "1"}
 ARMS: dict[str, dict[str, str]] = {
@@ -308,7 +309,7 @@ class Group:
         """Ask every engine about each workload, beginning with another one each time."""
         for workload in dict.fromkeys(workload for _, workload in self.rows):
             for engine in self.engines[first:] + self.engines[:first]:
-                answer = self._try(engine, lambda e=engine, w=workload: e.ask(method, w))
+                answer = self._try(engine, functools.partial(engine.ask, method, workload))
                 if answer is not None:
                     yield (engine.arm, workload), answer
 
