@@ -23,6 +23,7 @@ import torch
 import torch._inductor.compile_fx
 import torch._inductor.config as inductor_config
 import torch._inductor.fx_passes.joint_graph
+import torch.utils._triton
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.graph import GraphLowering
@@ -109,6 +110,12 @@ class _Driver:
 
     def get_current_device(self) -> int:
         return 0
+
+
+def _forget_triton() -> None:
+    for function in vars(torch.utils._triton).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def _hint(size: Any) -> int:
@@ -198,7 +205,11 @@ def cuda_codegen() -> Iterator[Generated]:
         # It traces attention patterns with real tensors on the device.
         patch(torch._inductor.fx_passes.joint_graph, "lazy_init", lambda *_: None)
         patch(GraphLowering, "compile_to_module", compile_to_module)
-        stack.enter_context(inductor_config.patch(force_disable_caches=True))
+        # What PyTorch has found out about Triton holds for the real device, and later for this one.
+        _forget_triton()
+        stack.callback(_forget_triton)
+        # shape_padding would time products on the device.
+        stack.enter_context(inductor_config.patch(force_disable_caches=True, shape_padding=False))
         patch(triton.runtime.driver, "_active", _Driver())
         stack.enter_context(FakeTensorMode())
         yield generated
