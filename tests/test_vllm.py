@@ -91,12 +91,14 @@ class Gate(torch.nn.Module):
 
 
 @pytest.fixture
-def lora(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def engine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A stand-in for vLLM's current configuration."""
-    config = SimpleNamespace(lora_config=None)
+    config = SimpleNamespace(lora_config=None, envs=SimpleNamespace(VLLM_BATCH_INVARIANT=False))
     module = types.ModuleType("vllm.config")
     module.get_current_vllm_config = lambda: config  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    package = types.ModuleType("vllm")
+    package.envs = config.envs  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", package)
     monkeypatch.setitem(sys.modules, "vllm.config", module)
     return config
 
@@ -149,14 +151,17 @@ def test_known_runner() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_layers_that_are_left(
-    lora: SimpleNamespace, reason: str | None, runner: Any, expert: Any, held: bool
+    engine: SimpleNamespace, reason: str | None, runner: Any, expert: Any, held: bool
 ) -> None:
     problem = vllm_hoist._layer_problem(runner, Runner, expert, held)
     assert problem is None if reason is None else reason in str(problem)
 
 
-def test_lora_is_left(lora: SimpleNamespace) -> None:
-    lora.lora_config = object()
+def test_engines_that_are_left(engine: SimpleNamespace) -> None:
+    engine.envs.VLLM_BATCH_INVARIANT = True
+    problem = vllm_hoist._layer_problem(Runner("l", None), Runner, Expert(Gate()), False)
+    assert "batch invariance" in str(problem)
+    engine.lora_config = object()
     problem = vllm_hoist._layer_problem(Runner("l", None), Runner, Expert(Gate()), False)
     assert "LoRA" in str(problem)
 

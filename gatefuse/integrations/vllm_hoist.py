@@ -133,6 +133,7 @@ def _expert_problem(expert: Any) -> str | None:
 
 def _layer_problem(runner: Any, known: Any, expert: Any, held: bool) -> str | None:
     """Why the gate of this layer stays where it is."""
+    from vllm import envs
     from vllm.config import get_current_vllm_config
 
     if held:
@@ -155,6 +156,8 @@ def _layer_problem(runner: Any, known: Any, expert: Any, held: bool) -> str | No
         return "the MoE layer is sequence parallel"
     if get_current_vllm_config().lora_config is not None:
         return "LoRA is enabled, whose streams rely on the MoE op"
+    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+        return "batch invariance is asked for, which vLLM's own linears ensure"
     return None
 
 
