@@ -342,6 +342,8 @@ class _Rewriter:
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if name in site.anchor.meta:
                 node.meta[name] = site.anchor.meta[name]
+        if isinstance(target, torch._ops.OpOverload):
+            node.meta["original_aten"] = target  # Inductor names its kernels by it
         mode = getattr(site.anchor.meta["val"], "fake_mode", None)
         shape_env = getattr(mode, "shape_env", None)
         with contextlib.ExitStack() as stack:

@@ -98,6 +98,7 @@ def test_glue_needs_no_launch_for_the_gate(h: int, rows: bool) -> None:
     assert [site.placement for site in report.sites] == ["inline"]
     assert len(code.launches) <= len(without.launches)
     assert code.launches.count("extern_kernels.mm") == 1  # the router's
+    assert any("linear_sigmoid_mul" in name for name in code.kernels)  # seen in a profile
     assert not code.user_kernels
 
 
