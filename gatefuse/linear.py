@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ __all__ = ["Linear", "match_logit"]
 
 aten = torch.ops.aten
 
+Shape = Sequence[int | torch.SymInt]
+
 _PACKED_LINEARS = ("mkldnn::_linear_pointwise", "mkl::_mkl_linear", "onednn::")
 
 
@@ -39,42 +42,41 @@ class Linear:
 
 def _unpadded(node: Node) -> Node:
     """What is padded with zeros at the ends of its dimensions, or ``node``."""
-    if node.op == "call_function" and node.target is aten.constant_pad_nd.default:
+    while node.op == "call_function" and node.target is aten.constant_pad_nd.default:
         pads: Any = node.args[1]
         fill = node.args[2] if len(node.args) > 2 else 0
-        if fill == 0 and all(p == 0 for p in pads[::2]) and all(p >= 0 for p in pads[1::2]):
-            return source_of(node)
+        if fill != 0 or any(p != 0 for p in pads[::2]) or any(p < 0 for p in pads[1::2]):
+            break
+        node = source_of(node)
     return node
 
 
-def _product_of_slice(node: Node) -> Node:
-    """The padded matrix product that ``node`` is the first rows and columns of.
+def _before_slices(node: Node) -> Node:
+    """What ``node`` is the first rows and columns of.
 
     Inductor pads products to multiples of 8 where it finds that faster (``shape_padding``).
     """
-    rows = tensor_of(node, "the logit").shape
     while node.op == "call_function" and node.target is aten.slice.Tensor:
         start = node.args[2] if len(node.args) > 2 else None
         step = node.args[4] if len(node.args) > 4 else 1
         if start not in (0, None) or step != 1:
             raise NoMatch("the logit is a slice")
         node = source_of(node)
-    operands: Any = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default: (0, 1)}
-    if node.op != "call_function" or node.target not in operands:
-        raise NoMatch("the logit is a slice")
-    x, w = (_unpadded(node.args[i]) for i in operands[node.target])
-    xv, wv = tensor_of(x, "the input of the linear"), tensor_of(w, "the weight")
-    if not (
-        same_shape(rows, [*xv.shape[:-1], wv.shape[-1]]) and known(xv.shape[-1] == wv.shape[-2])
-    ):
-        raise NoMatch("the logit is a slice")
+        if len(node.users) > 1:
+            # It would be computed all the same, as in training, where it is saved.
+            raise NoMatch("the logit is a slice of a product that is needed elsewhere")
     return node
 
 
-def _linear_of_mm(x: Node, w: Node, bias: Node | None, sliced: bool) -> Linear:
-    if sliced:
+def _linear_of_mm(x: Node, w: Node, bias: Node | None, cut_to: Shape | None) -> Linear:
+    """cut_to: the shape to which the product, of padded operands, is sliced."""
+    if cut_to is not None:
         x, w = _unpadded(x), _unpadded(w)
     xv, wv = tensor_of(x, "the input of the linear"), tensor_of(w, "the weight")
+    if cut_to is not None and not (
+        same_shape(cut_to, [*xv.shape[:-1], wv.shape[-1]]) and known(xv.shape[-1] == wv.shape[-2])
+    ):
+        raise NoMatch("the logit is a slice")
     if not known(wv.shape[-1] == 1):
         raise NoMatch(f"the linear has {wv.shape[-1]} outputs, not 1")
     width = xv.shape[-1]
@@ -114,25 +116,24 @@ def _match_sum(node: Node) -> Linear:
     raise NoMatch("the logit is a sum of products, but neither factor is one row of weights")
 
 
-def _match_linear(node: Node) -> Linear:
+def _match_linear(node: Node, cut_to: Shape | None = None) -> Linear:
     """The linear that ``node`` is, without a bias added afterwards, or NoMatch."""
     if node.op != "call_function":
         raise NoMatch("the logit is an input of the graph")
-    sliced = node.target is aten.slice.Tensor
-    if sliced:
-        node = _product_of_slice(node)
     target, args = node.target, node.args
     if target is aten.mm.default:
-        return _linear_of_mm(args[0], args[1], None, sliced)  # type: ignore[arg-type]
+        return _linear_of_mm(args[0], args[1], None, cut_to)  # type: ignore[arg-type]
     if target is aten.addmm.default:
         if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
             raise NoMatch("the linear is scaled (addmm with alpha or beta)")
         bias = args[0]
         assert isinstance(bias, Node)
-        linear = _linear_of_mm(args[1], args[2], bias, sliced)  # type: ignore[arg-type]
+        linear = _linear_of_mm(args[1], args[2], bias, cut_to)  # type: ignore[arg-type]
         if not numel_is_one(tensor_of(bias, "the bias").shape):
             raise NoMatch("the bias differs from row to row")
         return linear
+    if cut_to is not None and target is not aten.bmm.default:
+        raise NoMatch("the logit is a slice")
     if target is aten.mv.default:
         x, w = args
         assert isinstance(x, Node) and isinstance(w, Node)
@@ -145,7 +146,7 @@ def _match_linear(node: Node) -> Linear:
         weight = tensor_of(w, "the weight")
         if weight.dim() == 3 and not known(weight.shape[0] == 1):
             raise NoMatch("the logit is a batched product with one weight per batch")
-        return _linear_of_mm(x, w, None, sliced)
+        return _linear_of_mm(x, w, None, cut_to)
     if target is aten.sum.dim_IntList:
         return _match_sum(node)
     if any(str(target).startswith(p.replace("::", ".")) for p in _PACKED_LINEARS):
@@ -161,19 +162,25 @@ def match_logit(sigmoid: Node) -> tuple[Node, list[Node], Linear]:
         chain.append(node)
         node = source_of(node)
     chain.append(node)
+    logit, cut_to = node, None
+    if node.op == "call_function" and node.target is aten.slice.Tensor:
+        cut_to = tensor_of(node, "the logit").shape
+        node = _before_slices(node)
     if node.op == "call_function" and node.target is aten.add.Tensor:
-        return _match_biased(node, chain)
-    if node.op == "call_function" and node.target in (
+        linear = _match_biased(node, cut_to)
+    elif node.op == "call_function" and node.target in (
         aten.mul.Tensor,
         aten.div.Tensor,
         aten.sub.Tensor,
         aten.neg.default,
     ):
         raise NoMatch("the logit is computed further (affine) before the sigmoid, or not linear")
-    return node, chain[::-1], _match_linear(node)
+    else:
+        linear = _match_linear(node, cut_to)
+    return logit, chain[::-1], linear
 
 
-def _match_biased(add: Node, chain: list[Node]) -> tuple[Node, list[Node], Linear]:
+def _match_biased(add: Node, cut_to: Shape | None) -> Linear:
     if add.kwargs.get("alpha", 1) != 1:
         raise NoMatch("the bias is scaled")
     if not all(isinstance(n, Node) for n in add.args):
@@ -189,7 +196,7 @@ def _match_biased(add: Node, chain: list[Node]) -> tuple[Node, list[Node], Linea
         while is_neutral(above[-1]):
             above.append(source_of(above[-1]))
         try:
-            found = _match_linear(above[-1])
+            found = _match_linear(above[-1], cut_to)
         except NoMatch as e:
             problem = str(e)
             continue
@@ -197,5 +204,5 @@ def _match_biased(add: Node, chain: list[Node]) -> tuple[Node, list[Node], Linea
             raise NoMatch("two biases are added to the logit")
         if any(len(n.users) > 1 for n in above):
             raise NoMatch("the logit before the bias is used elsewhere")
-        return add, chain[::-1], Linear(found.input, found.weight, wide_source(bias))
+        return Linear(found.input, found.weight, wide_source(bias))
     raise NoMatch(problem)

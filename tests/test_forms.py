@@ -19,8 +19,11 @@ from forms import (
     rows_then_3d,
     value_transposed,
 )
-from harness import check_report, compile_and_compare, judge, run_form
+from harness import check_report, compile_and_compare, judge, pad_products, run_form
 from torch import Tensor
+
+#: Forms with five or six rows, of each kind of linear that Inductor pads.
+_PADDED = ("2d-bf16", "3d-fp32", "bias-fp32", "bias-bf16", "bias-3d", "padded", "padded-addmm")
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.id)
@@ -28,6 +31,30 @@ def test_form(form: Form) -> None:
     result = run_form(form)
     check_report(form, result.report)
     result.check(torch.bfloat16 if form.autocast else None)
+
+
+@pytest.mark.parametrize(
+    "form", [f for f in FORMS if f.id in _PADDED and not f.grad], ids=lambda form: form.id
+)
+def test_padded_products(form: Form) -> None:
+    """Where Inductor's own passes pad the linear, and cut the logits out again."""
+    with pad_products():
+        result = run_form(form)
+    (graph,) = result.report.graphs
+    assert graph.before is not None and "constant_pad_nd" in graph.before
+    assert graph.after is not None and "aten.mm" not in graph.after
+    check_report(form, result.report)
+    result.check()
+
+
+def test_padded_product_that_is_saved_for_the_backward() -> None:
+    """It is computed all the same, and fusing would compute its logits twice."""
+    (form,) = (f for f in FORMS if f.id == "train-shared-expert")
+    with pad_products():
+        result = run_form(form)
+    result.check()
+    assert result.report.fused == 0
+    assert "needed elsewhere" in result.report.rejections[0].reason
 
 
 def test_table_ids_are_unique() -> None:
