@@ -298,7 +298,9 @@ def _lower_kernel(
     if logit_dtype is not None:
         logit = _empty([*input.get_size()[:-1], sympy.Integer(1)], logit_dtype, device)
 
-    launch = kernels.launch_config(h, d)
+    launch = kernels.launch_config(
+        _static(rows), h, d, value.get_dtype().itemsize, addend=addend is not None
+    )
     tensors = {
         "input_ptr": input_rows,
         "weight_ptr": weight,
@@ -322,6 +324,8 @@ def _lower_kernel(
         "UNROLL": max(h, d) <= kernels.UNROLL_LIMIT,
         "PDL": False,  # Inductor's launcher of a user's kernel cannot ask for it
         "WEIGHT_FIRST": False,
+        "TRIGGER_FIRST": False,
+        "EVICT_FIRST": launch.evict_first,
     }
     # One configuration: Inductor compiles it as it is, without benchmarking.
     kernel = triton.autotune(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,18 +146,34 @@ def _row_ordered(t: Tensor) -> bool:
     return all(a >= b > 0 for a, b in zip(strides, strides[1:]))
 
 
+class _Launch(NamedTuple):
+    """Where a kernel that read a weight was launched: version of the weight, stream, capture."""
+
+    version: int
+    stream: int
+    capturing: bool
+
+
 _seen = WeakTensorKeyDictionary()
 
 
-def _settled(weight: Tensor) -> bool:
+def _settled(weight: Tensor, stream: int, capturing: bool) -> bool:
     """Whether the kernel that runs just before a launch cannot be the one that wrote ``weight``: it
-    is a parameter, and an earlier launch has waited for what is in it now."""
+    is a parameter, and an earlier launch has waited for what is in it now.
+
+    That launch was on the same stream, or, where this one is being captured, before the capture: a
+    graph starts when all that was launched before has ended.
+    """
     if not isinstance(weight, torch.nn.Parameter) or weight.is_inference():
         return False
-    version = weight._version
-    settled: bool = _seen.get(weight) == version
-    _seen[weight] = version
-    return settled
+    now = _Launch(weight._version, stream, capturing)
+    before: _Launch | None = _seen.get(weight)
+    if before is not None and (
+        before == now or (before.version == now.version and now.capturing and not before.capturing)
+    ):
+        return True
+    _seen[weight] = now
+    return False
 
 
 def _triton(
@@ -186,6 +203,15 @@ def _triton(
     pdl = value.device.type == "cuda" and kernels.supports_pdl(value.device.index or 0)
     weight_row = weight.contiguous()
     with torch.get_device_module(value.device.type).device(value.device):
+        weight_first = (
+            pdl
+            and weight_row is weight
+            and _settled(
+                weight,
+                torch.cuda.current_stream().cuda_stream,
+                torch.cuda.is_current_stream_capturing(),
+            )
+        )
         kernels.launch(
             rows,
             weight_row,
@@ -195,7 +221,7 @@ def _triton(
             out.view(value_rows.shape),
             None if logit is None else logit.view(-1),
             pdl=pdl,
-            weight_first=pdl and weight_row is weight and _settled(weight),
+            weight_first=weight_first,
         )
     return out, logit
 

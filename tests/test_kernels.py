@@ -104,24 +104,30 @@ def test_launch_rule_covers_any_width():
 
     for h in [1, 2, 31, 64, 1000, 2048, 2560, 3584, 5120, 7168, 8191, 12288, 100_000]:
         for d in (h, 64):
-            c = launch_config(h, d)
-            for n in (c.block_h, c.block_d, c.num_warps):
-                assert n & (n - 1) == 0 and n > 0
-            assert c.block_h <= 4096 and c.num_warps <= 16
-            # No more than a quarter of the loaded elements is padding once a row fills a load.
-            if h >= 2048:
-                assert -(-h // c.block_h) * c.block_h <= 1.25 * h
+            for rows in (None, 1, 64, 256, 1024, 100_000):
+                for dependent in (False, True):
+                    c = launch_config(rows, h, d, addend=True, dependent=dependent)
+                    for n in (c.block_h, c.block_d, c.num_warps):
+                        assert n & (n - 1) == 0 and n > 0
+                    # A thread holds at most 16 elements of a load, and no chunk is all padding.
+                    assert max(c.block_h, c.block_d) <= 16 * 32 * c.num_warps or max(h, d) < 128
+                    assert c.block_h < 2 * h or h == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=[f"{c[1]}x{c[2]}-{c[3]}" for c in CASES])
 @pytest.mark.parametrize("pdl", [False, True])
-def test_on_gpu(case, pdl):
+@pytest.mark.parametrize("first", [False, True])
+def test_on_gpu(case, pdl, first):
     from gatefuse import kernels
 
     if pdl and not kernels.supports_pdl(0):
         pytest.skip("the device or Triton has no programmatic dependent launch")
-    assert_within_tolerance(check_kernel("cuda", *case, pdl=pdl, weight_first=pdl))
+    rows, h, d, dtype, *_, addend, _ = case
+    itemsize = getattr(torch, dtype).itemsize
+    config = kernels.launch_config(rows, h, d, itemsize, addend=addend, dependent=pdl)
+    config = config._replace(trigger_first=first, evict_first=first)
+    assert_within_tolerance(check_kernel("cuda", *case, pdl=pdl, weight_first=pdl, config=config))
 
 
 @pytest.mark.gpu
@@ -151,11 +157,14 @@ def test_pdl_sees_what_the_kernel_before_wrote():
     w = torch.nn.Parameter(torch.randn(1, h, device="cuda") / h**0.5, requires_grad=False)
     x = torch.randn(rows, h, device="cuda")
     buffers = [torch.empty_like(x) for _ in range(depth)]
+    config = kernels.launch_config(rows, h, h, 4, addend=False)  # sums in one order
 
     def chain(pdl):
         source = x
         for buffer in buffers:
-            kernels.launch(source, w, None, source, x, buffer, pdl=pdl, weight_first=pdl)
+            kernels.launch(
+                source, w, None, source, x, buffer, pdl=pdl, weight_first=pdl, config=config
+            )
             source = buffer
         return source
 

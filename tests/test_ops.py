@@ -209,8 +209,20 @@ def test_op_in_a_compiled_function_rounds_once():
 def test_a_weight_is_loaded_early_only_if_it_was_waited_for() -> None:
     """Before the grid's dependencies are done, what the kernel before wrote may not be there."""
     weight = torch.nn.Parameter(torch.randn(1, 8))
-    assert [ops._settled(weight) for _ in range(3)] == [False, True, True]
+
+    def settled(stream: int = 0, capturing: bool = False) -> bool:
+        return ops._settled(weight, stream, capturing)
+
+    assert [settled() for _ in range(3)] == [False, True, True]
     with torch.no_grad():
         weight.mul_(2)
-    assert [ops._settled(weight) for _ in range(2)] == [False, True]
-    assert not any(ops._settled(weight.detach()) for _ in range(2))
+    assert [settled(), settled()] == [False, True]
+    # The launch on the other stream need not have ended, unless a captured graph starts later.
+    assert not settled(stream=1)
+    assert settled(stream=2, capturing=True)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert [settled(2, True), settled(2, True), settled(3, True)] == [False, True, False]
+    assert not settled(3), "what was captured has not run"
+    plain = weight.detach()
+    assert not any(ops._settled(plain, 0, False) for _ in range(2))
