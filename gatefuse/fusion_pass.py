@@ -106,6 +106,10 @@ class GateFusionPass(CustomGraphPass):
             entry.error = f"{type(e).__name__}: {e}"
             sites, rejections = [], []
         entry.rejections = [_rejection_report(r.node, r.reason) for r in rejections]
+        for site in list(sites):
+            if (unprofitable := _unprofitable(site, self.options)) is not None:
+                sites.remove(site)
+                entry.rejections.append(_rejection_report(site.sigmoid, unprofitable))
         dump = settings.dump_directory()
         keep_text = bool(sites) and (dump is not None or report.recording() or _graphs_wanted())
         if keep_text:
@@ -187,15 +191,28 @@ class PassSequence(CustomGraphPass):
         return None if any(i is None for i in ids) else tuple(ids)
 
 
+def _unprofitable(site: Site, options: Options) -> str | None:
+    """Why a site is better left to Inductor, or None.
+
+    Code for any width can neither keep a row in registers nor rely on aligned rows. In a decoder
+    layer's glue on an H200 (H = 4096) it took 20 to 30 % less time than the unfused one at up to
+    256 rows and 4 to 27 % more from 1024 rows on, and one compile serves all.
+    """
+    x, v = site.input.meta["val"], site.value.meta["val"]
+    static = isinstance(x.shape[-1], int) and isinstance(v.shape[-1], int)
+    if static or v.device.type == "cpu" or options.placement != "auto":
+        return None
+    return "a width is symbolic, and fusing would be slower at many rows; placement='inline' does"
+
+
 def _graphs_wanted() -> bool:
-    """Whether somebody looks at torch's graph logging: a debug log, or depyf or vLLM, which put
-    their own function in its place."""
+    """Whether somebody looks at torch's graph logging: a debug log, or depyf (in vLLM as well),
+    which puts code of its own into torch's function."""
     from torch._dynamo import utils
 
-    return (
-        log.isEnabledFor(logging.DEBUG)
-        or utils.lazy_format_graph_code.__module__ != "torch._dynamo.utils"
-    )
+    code = getattr(utils.lazy_format_graph_code, "__code__", None)
+    of_torch = code is not None and code.co_filename.startswith(os.path.dirname(torch.__file__))
+    return log.isEnabledFor(logging.DEBUG) or not of_torch
 
 
 def _fused_in_subgraphs(graph: Graph) -> int:

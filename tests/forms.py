@@ -393,6 +393,11 @@ class Form:
     coordinate_descent: bool = False
     autocast: bool = False
 
+    @property
+    def gpu_placement(self) -> Literal["auto", "inline"]:
+        """The placement with which the form is fused on a GPU."""
+        return "inline" if self.dynamic == "all" else "auto"
+
     def inputs(
         self, device: str = "cpu", lead: tuple[int, ...] | None = None, **arguments: Any
     ) -> tuple[Tensor, ...]:

@@ -56,7 +56,7 @@ def test_forms(form: Form, tuning: bool) -> None:
     with (
         inductor_config.patch(coordinate_descent_tuning=tuning),
         cuda_codegen() as generated,
-        gatefuse.fusing() as report,
+        gatefuse.fusing(placement=form.gpu_placement) as report,
         torch.no_grad(),
     ):
         dynamic = {"all": True, "rows": None, "": False}[form.dynamic]
@@ -162,9 +162,13 @@ def test_matrix_products_are_no_neighbours() -> None:
     assert [site.placement for site in report.sites] == ["kernel"]
 
 
-def test_symbolic_width_is_inline() -> None:
+def test_symbolic_width_is_left_alone_unless_a_placement_is_forced() -> None:
     shapes = [(64, 2048), (1, 2048), (64, 2048), (64, 2048)]
     code, report = generate(island, shapes, dynamic=True)
+    assert report.fused == 0
+    assert ["symbolic" in rejection.reason for rejection in report.rejections] == [True]
+    assert "extern_kernels.mm" in code.launches
+    code, report = generate(island, shapes, dynamic=True, placement="inline")
     assert len(code.launches) == len(code.kernels) == 1
     assert [site.placement for site in report.sites] == ["inline"]
 
