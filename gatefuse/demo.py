@@ -36,11 +36,9 @@ MODELS = ("qwen2_moe", "qwen3_next")
 CHECK_TOKENS = (2, 12)
 """Batch and sequence length of the comparison."""
 
-TIMED_TOKENS = {"decode": (16, 1), "prefill": (1, 4096)}
-"""Batch and sequence length of each measurement on a GPU."""
-
-TIMED_MODES = ("default", "reduce-overhead")
-"""Modes of torch.compile that are measured on a GPU."""
+TIMED = {"decode": ("reduce-overhead", (16, 1)), "prefill": ("default", (1, 4096))}
+"""Mode of torch.compile, and batch and sequence length, of each measurement on a GPU: decode steps
+are too short for the host to keep up without CUDA graphs."""
 
 _OP_CALL = re.compile(r"torch\.ops\.gatefuse\.linear_sigmoid_mul(_logit)?\b")
 
@@ -341,17 +339,14 @@ def _median_ms(
 def _time(name: str, device: torch.device, say: Callable[[str], None]) -> list[Timing]:
     model = _model(name, wide=True, device=device, dtype=torch.bfloat16)
     timings = []
-    for mode in TIMED_MODES:
-        for phase, (batch, length) in TIMED_TOKENS.items():
-            say(f"{name}: measuring {mode}, {phase}, {batch * length} tokens")
-            ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
-            torch.compiler.reset()
-            inductor = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
-            fused = torch.compile(
-                model, backend=_backend(), mode=mode, fullgraph=True, dynamic=False
-            )
-            calls = [functools.partial(_forward, compiled, ids) for compiled in (inductor, fused)]
-            timings.append(Timing(mode, phase, batch * length, *_median_ms(calls, device)))
+    for phase, (mode, (batch, length)) in TIMED.items():
+        say(f"{name}: measuring {phase}, {batch * length} tokens, mode {mode}")
+        ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
+        torch.compiler.reset()
+        inductor = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
+        fused = torch.compile(model, backend=_backend(), mode=mode, fullgraph=True, dynamic=False)
+        calls = [functools.partial(_forward, compiled, ids) for compiled in (inductor, fused)]
+        timings.append(Timing(mode, phase, batch * length, *_median_ms(calls, device)))
     return timings
 
 
