@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import run_python
 
 from gatefuse import cli
 from gatefuse.bench import documents, grid, marks, report, results
@@ -52,6 +53,15 @@ def block_rows() -> list[dict[str, Any]]:
     ]
 
 
+def peer_rows() -> list[dict[str, Any]]:
+    return [
+        {"chain": chain, "H": 4096, "N": N, "arm": arm, "median_us": us}
+        for chain in ("mul", "add")
+        for N in (1, 1024)
+        for arm, us in (("op", 1.2), ("peer", 1.15), ("limit", 1.1))
+    ]
+
+
 def host_rows() -> list[dict[str, Any]]:
     call_row = {"what": "call", "chain": "mul", "mode": "default", "H": 2048, "N": 2}
     compiled = {"what": "compile", "chain": "mul", "mode": "default", "cache": "cold"}
@@ -75,6 +85,7 @@ def files() -> list[dict[str, Any]]:
         "host": host_rows(),
         "cpu": chain_rows(grid.CPU_GRID.cells()),
         "blocks": block_rows(),
+        "peer": peer_rows(),
     }
     return [{"kind": kind, "header": HEADER, "rows": found} for kind, found in rows.items()]
 
@@ -243,6 +254,13 @@ def test_check_names_what_misses(
     assert len(misses) == len(named), misses
 
 
+def test_the_rival_beside_the_op() -> None:
+    contents = files()
+    edit(contents, {"median_us": 1.26}, chain="add", arm="op", H=4096, N=1, p10_us=None)
+    (miss,) = marks.check(collect(contents))
+    assert str(miss).startswith("add H=4096 N=1: side by side the op takes 1.26 us")
+
+
 def test_noise_is_no_miss() -> None:
     contents = files()
     edit(contents, {"median_us": 5.09}, **STATIC, **AUTO, chain="glue", N=4096)  # CPU
@@ -323,14 +341,17 @@ def test_the_last_run_of_a_cell_counts_whole() -> None:
     assert found.time(key._replace(N=1), INDUCTOR) == 5.0
 
 
-def test_of_several_draws_the_fastest_counts_unless_one_failed() -> None:
+def test_of_several_draws_the_mean_counts_unless_one_failed() -> None:
     contents = files()
     where = {**STATIC, "chain": "glue", "N": 64, "arm": "inductor", "mode": "max-autotune"}
-    edit(contents, {"median_us": 4.5}, **where, draw=1)
+    edit(contents, {"median_us": 6.5}, **where, draw=1)
     key = Key("gpu", "static", "glue", 4096, 64, grid.DTYPE)
-    assert collect(contents).time(key, ("inductor", "max-autotune")) == 4.5
+    arm = ("inductor", "max-autotune")
+    assert collect(contents).time(key, arm) == pytest.approx((5.0 + 6.5 + 5.0) / 3)
+    row = collect(contents).cells[key][arm]
+    assert (row["p10_us"], row["p90_us"]) == (5.0, 6.5), "the range of the draws"
     edit(contents, {"error": "x", "median_us": None}, **where, draw=2)
-    assert collect(contents).time(key, ("inductor", "max-autotune")) is None
+    assert collect(contents).time(key, arm) is None
 
 
 def cells_of_line(text: str, label: str) -> list[str]:
@@ -603,3 +624,48 @@ def test_host_is_measured(tmp_path: Path) -> None:
     assert by_what["call", "gatefuse-auto", None]["median_us"] > 0
     assert by_what["compile", "gatefuse-auto", "cold"]["pass_ms"] > 0
     assert by_what["import", None, None]["median_ms"] > 0
+
+
+#: SGLang's interface, and what its kernel computes.
+SGLANG = """
+import torch
+from sglang.srt.utils import is_hip
+
+def fused_gate_sigmoid_mul(x, weight, value):
+    assert weight.dim() == 1 and not is_hip()
+    return torch.sigmoid(x.float() @ weight.float())[:, None].mul(value).to(value.dtype)
+
+def fused_gate_sigmoid_mul_add(x, weight, value, routed):
+    gate = torch.sigmoid(x.float() @ weight.float())[:, None]
+    routed.copy_(gate * value + routed)
+"""
+
+
+def interpreted(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Rows of a question about the Triton kernel, which runs in Triton's interpreter."""
+    pytest.importorskip("triton")
+    source = tmp_path / "sglang" / "kernels" / "ops" / "elementwise" / "elementwise.py"
+    source.parent.mkdir(parents=True)
+    source.write_text(SGLANG)
+    (tmp_path / "sglang" / "__init__.py").write_text("raise ImportError('not all of sglang')")
+    full = ["bench", *arguments, "--out", str(tmp_path / "out"), *QUICK]
+    code = f"import sys\nfrom gatefuse import cli\nsys.exit(cli.main({full!r}))"
+    run_python(code, TRITON_INTERPRET="1", PYTHONPATH=str(tmp_path))
+    (path,) = (tmp_path / "out").glob("*.json")
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    assert not any("error" in row for row in rows)
+    return rows
+
+
+def test_the_launch_rule_is_measured(tmp_path: Path) -> None:
+    arguments = ["--widths", "256", "--rows", "2,3", "--dtypes", "float32"]
+    rows = interpreted(tmp_path, "launch-rule", *arguments)
+    assert {(row["N"], row["block"]) for row in rows} == {(2, 256), (2, 512), (3, 256), (3, 512)}
+    assert all(row["median_us"] > 0 for row in rows)
+
+
+def test_the_op_is_measured_beside_the_rival(tmp_path: Path) -> None:
+    rows = interpreted(tmp_path, "peer", "--widths", "64", "--rows", "2")
+    assert {(row["chain"], row["arm"]) for row in rows} == {
+        (chain, arm) for chain in ("mul", "add") for arm in ("op", "peer", "limit")
+    }

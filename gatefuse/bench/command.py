@@ -62,11 +62,17 @@ def add_to(commands: Any) -> None:
     host.add_argument("--rows", type=int, default=2)
     host.add_argument("--modes", type=_chosen(grid.MODES), default=("default",))
 
-    rule = _question(questions, "launch-rule", "the kernel's launch rule, on CUDA", _launch_rule)
     widths = tuple(sorted({*grid.WIDTHS, *grid.GRIDS["widths"].widths}))
+    rule = _question(questions, "launch-rule", "the kernel's launch rule, on CUDA", _launch_rule)
     rule.add_argument("--widths", type=_numbers, default=widths)
-    rule.add_argument("--rows", type=_numbers, default=(16, 1024))
+    rule.add_argument("--rows", type=_numbers, default=(1, 16, 256, 1024, 8192))
     rule.add_argument("--dtypes", type=_chosen(DTYPES), default=("bfloat16", "float32"))
+
+    peer = _question(
+        questions, "peer", "the op beside SGLang's kernel, on CUDA with sglang installed", _peer
+    )
+    peer.add_argument("--widths", type=_numbers, default=widths)
+    peer.add_argument("--rows", type=_numbers, default=(1, 4, 16, 64, 256, 1024))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -248,8 +254,33 @@ def _host(args: argparse.Namespace) -> tuple[Path, int]:
 
 
 def _launch_rule(args: argparse.Namespace) -> tuple[Path, int]:
-    from gatefuse.bench import launch_rule, results
+    from gatefuse.bench import launch_rule
 
-    if args.device != "cuda":
-        raise results.BenchError("launch-rule measures the Triton kernel, on a GPU only")
-    return launch_rule.run(args.widths, args.rows, args.dtypes, args.out, args.time_budget)
+    _needs_cuda(args, "launch-rule")
+    return launch_rule.run(
+        args.widths,
+        args.rows,
+        args.dtypes,
+        _setting(args),
+        args.out,
+        args.processes,
+        args.time_budget,
+    )
+
+
+def _peer(args: argparse.Namespace) -> tuple[Path, int]:
+    from gatefuse.bench import peer
+
+    _needs_cuda(args, "peer")
+    return peer.run(
+        args.widths, args.rows, _setting(args), args.out, args.processes, args.time_budget
+    )
+
+
+def _needs_cuda(args: argparse.Namespace, question: str) -> None:
+    import os
+
+    from gatefuse.bench.results import BenchError
+
+    if args.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BenchError(f"{question} measures the Triton kernel, on a GPU only")

@@ -139,6 +139,11 @@ def alone(tables: Tables) -> list[str]:
     return [part for c in ("mul", "add") for H in grid.WIDTHS for part in tables.alone(c, H)]
 
 
+def peer(tables: Tables) -> list[str]:
+    """The op beside the best known kernel."""
+    return [measured_on(tables, "peer"), *tables.beside_peer()]
+
+
 def gate_cost(tables: Tables) -> list[str]:
     """Of the main chain, all arms."""
     return [part for H in grid.WIDTHS for part in tables.gate_costs("glue", H)]
@@ -203,6 +208,7 @@ SECTIONS: dict[str, Callable[[Tables], list[str]]] = {
     "unmeasured": unmeasured,
     "main": main_tables,
     "alone": alone,
+    "peer": peer,
     "gate-cost": gate_cost,
     "variants": variants,
     "widths": widths,

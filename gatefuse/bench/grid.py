@@ -34,9 +34,9 @@ SHAPES = ("static", "dynamic-rows", "dynamic")
 """Which sizes are symbolic: none, the number of rows, or the width as well."""
 
 DRAWS = 3
-"""Compiles of an arm of the glue in a mode that tunes; the fastest of them counts. Inductor's
-tuning of kernels of a few microseconds is a lottery: two compiles of one program differ by 20 % and
-more, so that a ratio of single draws says nothing."""
+"""Compiles of an arm of the glue in a mode that tunes. Inductor's tuning of kernels of a few
+microseconds is a lottery: two compiles of one program differ by 20 % and more. A user gets one of
+them, so that their mean counts."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,8 @@ LIMIT_RATIO = 1.05
 
 PEER_ROWS = 256
 PEER_US = 0.1
-"""The eager op is at most so much slower than the best known kernel, up to PEER_ROWS rows."""
+"""The eager op is at most so much slower than the best known kernel, up to PEER_ROWS rows: as
+``benchmarks/peers.csv`` has it, and as measured beside it (``gatefuse bench peer``)."""
 
 PASS_SHARE = 0.01
 """gatefuse's pass, of the time of a compile in an empty cache."""

@@ -58,7 +58,7 @@ def with_reason(miss: Miss) -> Miss:
 def check(results: Results, partial: bool = False) -> list[Miss]:
     """Every mark that is missed, by cell. What was not measured is a miss too, unless
     ``partial``; a loss to the best arm in the glue is one unless its reason is known."""
-    misses = [*_chains(results), *_blocks(results), *_host(results)]
+    misses = [*_chains(results), *_rivals(results), *_blocks(results), *_host(results)]
     misses = [with_reason(miss) for miss in misses]
     misses += [loss for loss in losses(results) if loss.reason is None]
     if not partial:
@@ -145,6 +145,15 @@ def losses(results: Results) -> list[Miss]:
             text = f"best arm {', '.join(best[0])} {best[1]:.2f} us, gatefuse {ours:.2f}"
             found.append(with_reason(Miss(key, GATEFUSE, text)))
     return found
+
+
+def _rivals(results: Results) -> Iterator[Miss]:
+    for (chain, H, N), arms in sorted(results.rivals.items()):
+        ours, theirs = (arms.get(arm, {}).get("median_us") for arm in ("op", "peer"))
+        if ours is None or theirs is None or N > grid.PEER_ROWS or ours <= theirs + grid.PEER_US:
+            continue
+        text = f"side by side the op takes {ours:.2f} us, the best known kernel {theirs:.2f}"
+        yield Miss(f"{chain} H={H} N={N}", OP, text)
 
 
 def _blocks(results: Results) -> Iterator[Miss]:

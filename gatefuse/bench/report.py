@@ -156,6 +156,25 @@ class Tables:
         lines += [("best known kernel (peers.csv), µs", lambda key: number(peer(key)))]
         return [f"{CHAINS[chain]}, H = {H}:", self.by_rows(keys, lines)]
 
+    def beside_peer(self) -> list[str]:
+        """The op beside the best known kernel in one run, with the limit."""
+        rivals = self.results.rivals
+        parts = []
+        for chain in dict.fromkeys(chain for chain, _, _ in sorted(rivals)):
+            rows = sorted({N for c, _, N in rivals if c == chain})
+            body = []
+            for H in sorted({H for c, H, _ in rivals if c == chain}):
+                cells = []
+                for N in rows:
+                    arms = rivals.get((chain, H, N), {})
+                    times = [arms.get(a, {}).get("median_us") for a in ("op", "peer", "limit")]
+                    mark = self.mark(f"{chain} H={H} N={N}", OP)
+                    cells.append(" / ".join(map(number, times)) + mark if all(times) else "")
+                body.append((f"H = {H}", cells))
+            title = f"{CHAINS[chain]}: the op / SGLang's kernel / the limit, µs:"
+            parts += [title, table(["N", *map(str, rows)], body)]
+        return parts
+
     def gate_costs(self, chain: str, H: int, **where: str) -> list[str]:
         """With the gate minus without, of every arm."""
         keys = self.keys(chain, H, **where)
@@ -299,7 +318,13 @@ class Tables:
                 yield from self.alone(chain, H)
             if chain.startswith("glue"):
                 yield from self.gate_costs(chain, H, shapes=shapes, dtype=dtype)
-        for part in (self.cpu(), self.blocks(), self.host_calls(), self.compiles()):
+        for part in (
+            self.beside_peer(),
+            self.cpu(),
+            self.blocks(),
+            self.host_calls(),
+            self.compiles(),
+        ):
             yield from part
 
 

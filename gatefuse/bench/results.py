@@ -108,10 +108,12 @@ def write(path: Path, content: dict[str, Any]) -> None:
 @dataclass
 class Results:
     """Rows by what they are of: ``cells[key][arm, mode]`` of the chains, ``blocks`` of the modules
-    of transformers, ``host`` of host and compile time. ``headers`` are the files', by kind."""
+    of transformers, ``rivals[chain, H, N][arm]`` of the op beside the best known kernel, ``host``
+    of host and compile time. ``headers`` are the files', by kind."""
 
     cells: dict[Key, dict[ArmKey, Row]] = field(default_factory=dict)
     blocks: dict[BlockKey, dict[ArmKey, Row]] = field(default_factory=dict)
+    rivals: dict[tuple[str, int, int], dict[str, Row]] = field(default_factory=dict)
     host: list[Row] = field(default_factory=list)
     headers: dict[str, list[Row]] = field(default_factory=dict)
 
@@ -153,11 +155,21 @@ def collect(files: Iterable[dict[str, Any]]) -> Results:
             ]
         elif kind in ("core", "cpu"):
             device: Literal["gpu", "cpu"] = "cpu" if kind == "cpu" else "gpu"
-            cells: dict[Key, dict[ArmKey, Row]] = {}
+            draws: dict[Key, dict[ArmKey, list[Row]]] = {}
             for row in content["rows"]:
                 columns = ("shapes", "chain", "H", "N", "dtype")
-                _put(cells.setdefault(Key(device, *(row[c] for c in columns)), {}), row)
-            results.cells |= cells
+                arms = draws.setdefault(Key(device, *(row[c] for c in columns)), {})
+                arms.setdefault((row["arm"], row["mode"]), []).append(row)
+            results.cells |= {
+                key: {arm: _expected(rows) for arm, rows in arms.items()}
+                for key, arms in draws.items()
+            }
+        elif kind == "peer":
+            for row in content["rows"]:
+                if "arm" in row:
+                    results.rivals.setdefault((row["chain"], row["H"], row["N"]), {})[
+                        row["arm"]
+                    ] = row
         elif kind == "blocks":
             # Modes are cells of their own here: each holds both of its arms.
             for row in content["rows"]:
@@ -166,14 +178,17 @@ def collect(files: Iterable[dict[str, Any]]) -> Results:
     return results
 
 
-def _put(arms: dict[ArmKey, Row], row: Row) -> None:
-    """Of two draws the faster one; a draw that failed stands for all."""
-    arm = (row["arm"], row["mode"])
-    old = arms.get(arm, row)
-    if "error" in old or "error" in row:
-        arms[arm] = old if "error" in old else row
-    else:
-        arms[arm] = min(old, row, key=lambda r: float(r["median_us"]))
+def _expected(draws: list[Row]) -> Row:
+    """Of several compiles of an arm: the mean of their times, between the shortest and the longest.
+    A draw that failed stands for all."""
+    for row in draws:
+        if "error" in row:
+            return row
+    if len(draws) == 1:
+        return draws[0]
+    times = [float(row["median_us"]) for row in draws]
+    mean = sum(times) / len(times)
+    return {**draws[0], "median_us": mean, "p10_us": min(times), "p90_us": max(times)}
 
 
 def load(paths: Iterable[Path]) -> Results:
