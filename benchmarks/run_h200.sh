@@ -7,13 +7,15 @@
 #     1  core, main grid: every arm and mode, both widths
 #     2  core, the other grids: symbolic sizes, variants, widths, dtypes
 #     3  host and compile time, then transformers' modules
+#     4  the kernel: its launch rule, and beside SGLang's if sglang can be found (its sources are
+#        enough)
 #
 # The times that a phase prints are estimates for an H200 with 16 cores; BUDGET holds. A process that
 # is in a cell when the time is over is given 15 s.
 # Result files in OUT are written after each cell, so that a phase that is cut off leaves what it
 # measured. PYTHON and DEVICE choose the interpreter and the device; QUICK=1 runs toy sizes:
 #
-#     QUICK=1 DEVICE=cpu benchmarks/run_h200.sh OUT 1 2 3
+#     QUICK=1 DEVICE=cpu benchmarks/run_h200.sh OUT 1 2 3     # 4 needs TRITON_INTERPRET=1 as well
 set -uo pipefail
 
 out="$(mkdir -p "${1:?usage: run_h200.sh OUT PHASE...}" && cd "$1" && pwd)"
@@ -38,17 +40,24 @@ for phase in "$@"; do
     begun=$SECONDS
     case "$phase" in
         1)
-            echo "=== phase 1, about 500 s"
+            echo "=== phase 1, about 420 s"
             measure 100 core --grid main
             ;;
         2)
-            echo "=== phase 2, about 420 s"
+            echo "=== phase 2, about 300 s"
             measure 100 core --grid dynamic,variants,widths,dtypes
             ;;
         3)
             echo "=== phase 3, about 500 s"
             measure 40 host
             measure 100 blocks
+            ;;
+        4)
+            echo "=== phase 4, about 150 s"
+            measure 50 launch-rule --dtypes bfloat16
+            if "${PYTHON:-python3}" -c 'from gatefuse.bench import peer; peer.load()' 2>/dev/null; then
+                measure 100 peer
+            fi
             ;;
         *)
             echo "unknown phase: $phase" >&2

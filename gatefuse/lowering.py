@@ -33,9 +33,9 @@ from torch._inductor.virtualized import V, ops
 from torch.fx import Node
 
 from gatefuse import choices, compat, report
-from gatefuse.nodes import TRANSPOSES, VIEWS
+from gatefuse.nodes import TRANSPOSES, VIEWS, source_of
 
-__all__ = ["choose_placement", "register"]
+__all__ = ["choose_placement", "computed_by_inductor", "register"]
 
 log = logging.getLogger("gatefuse")
 aten = torch.ops.aten
@@ -187,6 +187,14 @@ def _fusible_user(node: Node) -> Node | None:
         elif not _is_opaque(target):
             return user
     return None
+
+
+def computed_by_inductor(node: Node) -> bool:
+    """Whether Inductor generates the code that computes ``node``, looking through views."""
+    while node.op == "call_function" and node.target in _NO_COMPUTATION:
+        node = source_of(node)
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and not _is_opaque(target)
 
 
 def _is_opaque(target: torch._ops.OpOverload) -> bool:

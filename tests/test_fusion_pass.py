@@ -134,3 +134,24 @@ def test_no_text_is_made_of_graphs_that_nobody_looks_at(monkeypatch: pytest.Monk
     with gatefuse.record():
         GateFusionPass()(post_grad_graph(linear, make_inputs(linear)))
     assert len(shown) == 2
+
+
+@pytest.mark.parametrize("placement", ["auto", "inline"])
+@pytest.mark.parametrize("rows", [15, 16])
+def test_large_results_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, rows: int, placement: Any
+) -> None:
+    """Behind a kernel of Inductor's they are left alone, unless a placement is forced; a gate on
+    inputs of the graph is fused at any size."""
+    monkeypatch.setattr(fusion_pass, "FRESH_MEMORY", 16 * 64 * 4)
+    options = gatefuse.Options(placement=placement)
+    for fn, fused in ((linear, True), (computed_input, rows < 16 or placement == "inline")):
+        graph = post_grad_graph(fn, make_inputs(fn, lead=(rows,)))
+        with gatefuse.record() as report:
+            GateFusionPass(options)(graph)
+        assert report.fused == fused
+        assert [("memory" in r.reason) for r in report.rejections] == [True] * (not fused)
+
+
+def computed_input(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return linear(torch.tanh(x), w, v)

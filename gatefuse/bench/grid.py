@@ -34,9 +34,9 @@ SHAPES = ("static", "dynamic-rows", "dynamic")
 """Which sizes are symbolic: none, the number of rows, or the width as well."""
 
 DRAWS = 3
-"""Compiles of an arm of the glue in a mode that tunes. Inductor's tuning of kernels of a few
-microseconds is a lottery: two compiles of one program differ by 20 % and more. A user gets one of
-them, so that their mean counts."""
+"""Compiles of an arm of the main chains in a mode that tunes. Inductor's tuning of kernels of a few
+microseconds is a lottery: two compiles of one program differ by 20 % and more, now and then by a
+factor of two. A user gets one of them, so that their mean counts."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def arms_of(chain: str, modes: Iterable[str], static: bool, gpu: bool = True) ->
     if chain in ("mul", "add"):
         arms += [Arm(chain, "limit")] + ([Arm(chain, "op")] if static else [])
     for mode in modes:
-        draws = DRAWS if chain == "glue" and mode != "default" else 1
+        draws = DRAWS if chain in MAIN and mode != "default" else 1
         for draw in range(draws):
             arms.append(Arm(chain, "inductor", mode, draw))
             if gated or mode == "default":

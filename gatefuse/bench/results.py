@@ -186,9 +186,13 @@ def _expected(draws: list[Row]) -> Row:
             return row
     if len(draws) == 1:
         return draws[0]
-    times = [float(row["median_us"]) for row in draws]
-    mean = sum(times) / len(times)
-    return {**draws[0], "median_us": mean, "p10_us": min(times), "p90_us": max(times)}
+    expected = dict(draws[0])
+    for inputs in ("", "hot_"):
+        times = [float(row[f"{inputs}median_us"]) for row in draws if f"{inputs}median_us" in row]
+        if times:
+            expected[f"{inputs}median_us"] = sum(times) / len(times)
+            expected[f"{inputs}p10_us"], expected[f"{inputs}p90_us"] = min(times), max(times)
+    return expected
 
 
 def load(paths: Iterable[Path]) -> Results:

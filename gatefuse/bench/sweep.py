@@ -78,5 +78,5 @@ def sweep(
 
 
 def default_processes() -> int:
-    """Three quarters of the cores, 12 at most: what is timed still has a core for itself."""
-    return max(1, min(12, (os.cpu_count() or 1) * 3 // 4))
+    """All cores but two, 14 at most: what is timed still has a core for itself."""
+    return max(1, min(14, (os.cpu_count() or 1) - 2))

@@ -5,7 +5,8 @@ rotation; the time of a replay divided by ``calls`` is one sample. Before each r
 timed region, a buffer of three times the L2 cache is read, and no set is used twice in a replay
 unless the rotation is itself larger than that: every call finds its inputs in device memory. The
 read also keeps the device busy while the host launches the graph, so no launch latency is timed.
-Replays of all arms are interleaved, one per arm and round, so that drift of clocks hits all alike.
+Replays of all arms are interleaved, one per arm and round, in another order in each round, so that
+drift of clocks and what an arm leaves behind (spinning threads, say) hit all alike.
 
 On the CPU the same plan runs as a plain loop under the wall clock.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -128,10 +130,12 @@ def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Ke
     """
     samples: dict[Key, list[float]] = {key: [] for key in replays}
     flush = _flush_buffer(device)
+    order = random.Random(0)
 
     def sample_all() -> None:
         events = []
-        for key, replay in replays.items():
+        for key in order.sample(list(replays), len(replays)):
+            replay = replays[key]
             flush.sum()
             if device == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
