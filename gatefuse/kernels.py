@@ -197,7 +197,7 @@ def launch_config(
 
     dependent: with programmatic dependent launch, where what a load of the whole row gains is
     hidden by the launch before. Measured on an H200 (``gatefuse bench launch-rule``) in bfloat16:
-    within 4 % of the best shape at 1 to 8192 rows of each width from 1024 to 7168.
+    within 5 % of the best shape at 1 to 8192 rows of each width from 1024 to 7168.
     """
     block_h, block_d, num_warps = _shape(
         h,
