@@ -47,7 +47,10 @@ def checkout() -> Path:
 
 
 def header(device: str, arguments: list[str]) -> dict[str, Any]:
-    """What is measured with what, and when. Initialises no device."""
+    """What is measured with what, and when. Initialises no device.
+
+    Of ``arguments`` that are absolute paths only the last part is kept.
+    """
     import torch
 
     import gatefuse
@@ -71,7 +74,7 @@ def header(device: str, arguments: list[str]) -> dict[str, Any]:
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "sources": GateFusionPass().uuid(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "arguments": arguments,
+        "arguments": [Path(a).name if Path(a).is_absolute() else a for a in arguments],
     }
 
 
