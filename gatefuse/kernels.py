@@ -172,6 +172,9 @@ FEW_ROWS = 256
 SINGLE_WAVE = 128
 """Up to so many rows every program has a multiprocessor of a large GPU to itself."""
 
+MANY_WAVES = 8192
+"""From so many rows on bandwidth is what a launch is short of, at any width."""
+
 TRIGGER_FIRST_FROM = 1 << 20
 """Bytes of input from which on the next grid may start before a program's loads. That costs a
 program 0.2 us, and at larger sizes gains more than it costs."""
@@ -204,6 +207,7 @@ def launch_config(
         d,
         rows is not None and rows <= FEW_ROWS,
         rows is not None and rows <= SINGLE_WAVE,
+        rows is not None and rows >= MANY_WAVES,
         dependent,
     )
     evict_first = False
@@ -217,7 +221,7 @@ def launch_config(
 
 @functools.lru_cache(maxsize=1024)
 def _shape(
-    h: int, d: int, few_rows: bool, single_wave: bool, dependent: bool
+    h: int, d: int, few_rows: bool, single_wave: bool, many_waves: bool, dependent: bool
 ) -> tuple[int, int, int]:
     """Block sizes and warps."""
     widest = max(h, d)
@@ -229,7 +233,7 @@ def _shape(
         num_warps = 16
     elif dependent and single_wave and max(block_h, block_d) == 4096:
         num_warps = 16
-    elif widest <= 1024 and not dependent:
+    elif widest <= 1024 and (many_waves or not dependent):
         num_warps = 4
     # A thread should have at least four elements of a load.
     num_warps = max(1, min(num_warps, max(block_h, block_d) // 128))

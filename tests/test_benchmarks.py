@@ -16,7 +16,7 @@ import torch
 from harness import run_python
 
 from gatefuse import cli
-from gatefuse.bench import documents, grid, marks, report, results
+from gatefuse.bench import documents, grid, marks, report, results, vllm_tables
 from gatefuse.bench.chains import CHAINS, Glue, call, make_set
 from gatefuse.bench.core import Reference
 from gatefuse.bench.grid import BlockKey, Key
@@ -381,7 +381,7 @@ def test_tables_show_values_spread_and_what_misses() -> None:
 
 
 def test_every_document_is_filled_from_complete_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "committed", lambda: collect(files()))
+    monkeypatch.setattr(results, "committed", lambda: collect([*files(), engine_file()]))
     tables = report.Tables(results.committed())
     for name, section in documents.SECTIONS.items():
         text = "\n".join(section(tables))
@@ -546,6 +546,75 @@ def test_every_reason_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     for patterns, _ in marks.reasons():
         for pattern in patterns:
             assert any(fnmatch.fnmatchcase(line, pattern) for line in lines), pattern
+
+
+def engine_file() -> dict[str, Any]:
+    """Two layers; what a step of each arm holds, as (kernel, calls, µs)."""
+    norm, fused = ("triton_norm", 2, 8.0), ("triton_norm_gate", 2, 9.0)
+    kernels = {
+        "vllm": [("gemv", 2, 10.0), ("sigmoid", 2, 4.0), norm, ("experts", 2, 90.0)],
+        "plugin": [fused, ("experts", 2, 88.0)],
+        "hand-kernel": [("op", 2, 5.0), norm, ("experts", 2, 91.0)],
+    }
+    rows = [
+        {
+            "arm": arm,
+            "name": "decode-16",
+            "seconds": [1.0],
+            "repeats": 1,
+            "new_tokens_per_s": speed,
+            "spread": 0.01,
+            "profile": {
+                "kernels": sum(n for _, n, _ in held),
+                "kernel_us": sum(us for *_, us in held),
+                "busy_us": sum(us for *_, us in held),
+                "by_name": [
+                    {"name": name, "per_step": n, "us_per_step": us} for name, n, us in held
+                ],
+            },
+        }
+        for (arm, held), speed in zip(kernels.items(), (1000.0, 1100.0, 990.0), strict=True)
+    ]
+    engine = {"vllm": "0.26.0", "lines": []}
+    plugin = engine | {"lines": ["gatefuse: 2 of 2 shared-expert gates fused"]}
+    return {
+        "kind": "vllm",
+        "header": {"device": "a GPU", "torch": "2.11.0", "date": "2026-01-01T00:00:00"},
+        "model": "qwen2_moe",
+        "layers": 2,
+        "engines": {"vllm": engine, "plugin": plugin, "hand-kernel": engine},
+        "errors": ["plugin-no-overlap: the process died"],
+        "rows": rows,
+    }
+
+
+def test_tables_of_vllm() -> None:
+    text = vllm_tables.everything(engine_file())
+    for line in (
+        "| plugin | 1100 (+10.0 %) |",  # tokens
+        "| plugin | 4 (-50.0 %) |",  # kernels
+        "| vllm | 7 |",  # the gate: 14 us in two layers
+        "| plugin | 0.5 |",  # 9 us instead of 8; that the experts took 2 us less is chance
+        "| hand-kernel | 2.5 |",
+        "| `gemv` | -2 | -10 |",
+        "- plugin: gatefuse: 2 of 2 shared-expert gates fused",
+        "- failed: plugin-no-overlap: the process died",
+    ):
+        assert line in text.splitlines(), line
+
+
+def test_tables_of_vllm_without_a_profile() -> None:
+    content = engine_file()
+    for row in content["rows"]:
+        del row["profile"]
+    text = vllm_tables.everything(content)
+    assert "| plugin | 1100 (+10.0 %) |" in text
+    assert "Kernels per step" not in text
+
+
+def test_header_keeps_no_folders_of_the_machine(tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path / "out"), "--grid", "main"]
+    assert results.header("cpu", arguments)["arguments"] == ["--out", "out", "--grid", "main"]
 
 
 def write(directory: Path, contents: list[dict[str, Any]]) -> list[str]:

@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from gatefuse.bench import grid, results
+from gatefuse.bench import grid, results, vllm_tables
 from gatefuse.bench.marks import Miss, losses, missing, missing_of
 from gatefuse.bench.report import ARMS, CHAINS, Shown, Tables, provenance
 from gatefuse.bench.results import EAGER, GATEFUSE, INDUCTOR, LIMIT, ArmKey
 
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/vllm.md")
 _PLACE = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -201,6 +201,15 @@ def cpu(tables: Tables) -> list[str]:
     return [measured_on(tables, "cpu"), *tables.cpu()]
 
 
+def engines(tables: Tables) -> list[str]:
+    """vLLM."""
+    parts = []
+    for content in tables.results.engines:
+        what = f"**{vllm_tables.title(content)}** ({provenance(content['header'])})"
+        parts += [what, *vllm_tables.tables(content)]
+    return parts
+
+
 SECTIONS: dict[str, Callable[[Tables], list[str]]] = {
     "summary": summary,
     "misses": misses,
@@ -217,4 +226,5 @@ SECTIONS: dict[str, Callable[[Tables], list[str]]] = {
     "blocks": blocks,
     "host": host,
     "cpu": cpu,
+    "engines": engines,
 }

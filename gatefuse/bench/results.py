@@ -112,12 +112,14 @@ def write(path: Path, content: dict[str, Any]) -> None:
 class Results:
     """Rows by what they are of: ``cells[key][arm, mode]`` of the chains, ``blocks`` of the modules
     of transformers, ``rivals[chain, H, N][arm]`` of the op beside the best known kernel, ``host``
-    of host and compile time. ``headers`` are the files', by kind."""
+    of host and compile time, ``engines`` whole files, of vLLM. ``headers`` are the files', by
+    kind."""
 
     cells: dict[Key, dict[ArmKey, Row]] = field(default_factory=dict)
     blocks: dict[BlockKey, dict[ArmKey, Row]] = field(default_factory=dict)
     rivals: dict[tuple[str, int, int], dict[str, Row]] = field(default_factory=dict)
     host: list[Row] = field(default_factory=list)
+    engines: list[dict[str, Any]] = field(default_factory=list)
     headers: dict[str, list[Row]] = field(default_factory=dict)
 
     def time(self, key: Key, arm: ArmKey, column: str = "median_us") -> float | None:
@@ -173,6 +175,8 @@ def collect(files: Iterable[dict[str, Any]]) -> Results:
                     results.rivals.setdefault((row["chain"], row["H"], row["N"]), {})[
                         row["arm"]
                     ] = row
+        elif kind == "vllm":
+            results.engines.append(content)
         elif kind == "blocks":
             # Modes are cells of their own here: each holds both of its arms.
             for row in content["rows"]:

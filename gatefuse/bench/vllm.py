@@ -47,7 +47,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from gatefuse.bench import report, results
+from gatefuse.bench import results, vllm_tables
 from gatefuse.bench.vllm_engine import Workload, serve
 
 OFF, NO_OVERLAP = {"GATEFUSE_DISABLE": "1"}, {"VLLM_DISABLE_SHARED_EXPERTS_STREAM": "1"}
@@ -143,7 +143,6 @@ WORKLOADS = (
 TINY_WORKLOADS = (Workload("decode-2", 2, 4, 24), Workload("prefill", 2, 48, 2))
 
 MIN_ROUNDS = 5
-NO_KERNEL = {"per_step": 0.0, "us_per_step": 0.0}
 PROFILE_S = 30.0  # kept free for the profiles of a group
 GRACE_S = 20.0  # how long after the deadline an engine is waited for
 
@@ -344,67 +343,6 @@ def rates(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def render(content: dict[str, Any]) -> str:
-    """Tables of a result file, in Markdown."""
-    by_arm: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in content["rows"]:
-        by_arm.setdefault(row["arm"], {})[row["name"]] = row
-    names = list(dict.fromkeys(row["name"] for row in content["rows"]))
-    base = by_arm.get("vllm", {})
-
-    def cell(arm: str, name: str, key: str, profiled: bool = False) -> str:
-        def value(row: dict[str, Any]) -> Any:
-            return (row.get("profile") or {}).get(key) if profiled else row.get(key)
-
-        mine, theirs = value(by_arm[arm].get(name, {})), value(base.get(name, {}))
-        if mine is None:
-            return ""
-        ratio = f" ({100 * (mine / theirs - 1):+.1f} %)" if theirs and arm != "vllm" else ""
-        return f"{mine:g}{ratio}"
-
-    parts = [f"{content['model']}, {content['layers']} layers, {content['header']['device']}"]
-    for title, key, profiled in (
-        ("tokens/s, prompt and new", "tokens_per_s", False),
-        ("kernels per step", "kernels", True),
-        ("time of the kernels, µs per step", "kernel_us", True),
-        ("device busy, µs per step", "busy_us", True),
-    ):
-        body = [(arm, [cell(arm, name, key, profiled) for name in names]) for arm in by_arm]
-        if any(any(values) for _, values in body):
-            parts += [f"{title}:", report.table(["", *names], body)]
-    for arm in by_arm:
-        for name in names:
-            parts += (
-                differences(by_arm[arm].get(name, {}), base.get(name, {})) if arm != "vllm" else []
-            )
-    spreads = [row["spread"] for row in content["rows"] if "spread" in row]
-    repeats = [row.get("repeats", 0) for row in content["rows"]]
-    if spreads:
-        parts.append(f"{min(repeats)} or more repeats; spread up to {100 * max(spreads):.1f} %.")
-    for arm, engine in content["engines"].items():
-        parts += [f"- {arm}: {line}" for line in engine["lines"]]
-    parts += [f"- failed: {error}" for error in content["errors"]]
-    return "\n\n".join(parts)
-
-
-def differences(row: dict[str, Any], base: dict[str, Any]) -> list[str]:
-    """Kernels that a step of one arm has more or less often than a step of ``vllm``."""
-    if not (row.get("profile") and base.get("profile")):
-        return []
-    mine, theirs = (
-        {kernel["name"]: kernel for kernel in r["profile"]["by_name"]} for r in (row, base)
-    )
-    body = []
-    for name in {**theirs, **mine}:
-        new, old = mine.get(name, NO_KERNEL), theirs.get(name, NO_KERNEL)
-        more = new["per_step"] - old["per_step"]
-        if abs(more) >= 0.5:
-            us = new["us_per_step"] - old["us_per_step"]
-            body.append((f"`{name[:110]}`", [f"{more:+.4g}", f"{us:+.4g}"]))
-    title = f"{row['arm']} against vllm, {row['name']}: kernels per step, and their time"
-    return [f"{title}:", report.table(["", "kernels", "µs"], body)] if body else []
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure or render; returns the exit code."""
     parser = argparse.ArgumentParser(description="tokens per second of vLLM with gatefuse")
@@ -420,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.table:
         for path in arguments.table:
-            print(render(json.loads(path.read_text())), end="\n\n")
+            print(vllm_tables.everything(json.loads(path.read_text())), end="\n\n")
         return 0
     arms = arguments.arms.split(",")
     if arguments.out is None or not set(arms) <= set(ARMS):
@@ -473,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
             finally:
                 group.close()
                 results.write(out, content)
-    print(render(content))
+    print(vllm_tables.everything(content))
     print(f"{out} ({time.monotonic() - begin:.0f} s)")
     return 1 if content["errors"] else 0
 
