@@ -221,14 +221,20 @@ def _fresh_compilation() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No advice from transformers and Dynamo on how transformers is written or installed."""
+    """No advice from transformers, Dynamo and Inductor on how transformers is written or installed
+    and what Inductor makes of it."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools")
+            for message in (
+                "Dynamo detected a call to a `functools",
+                r"\s*Online softmax is disabled on the fly",
+                "TensorFloat32 tensor cores for float32 matrix multiplication",
+            ):
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         logging.set_verbosity(verbosity)

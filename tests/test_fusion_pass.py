@@ -143,14 +143,14 @@ def test_large_results_on_the_cpu(
 ) -> None:
     """Behind a kernel of Inductor's they are left alone, unless a placement is forced; a gate on
     inputs of the graph is fused at any size."""
-    monkeypatch.setattr(fusion_pass, "FRESH_MEMORY", 16 * 64 * 4)
+    monkeypatch.setitem(fusion_pass.LARGE_RESULT, 4, 16 * 64 * 4)
     options = gatefuse.Options(placement=placement)
     for fn, fused in ((linear, True), (computed_input, rows < 16 or placement == "inline")):
         graph = post_grad_graph(fn, make_inputs(fn, lead=(rows,)))
         with gatefuse.record() as report:
             GateFusionPass(options)(graph)
         assert report.fused == fused
-        assert [("memory" in r.reason) for r in report.rejections] == [True] * (not fused)
+        assert [("size on the CPU" in r.reason) for r in report.rejections] == [True] * (not fused)
 
 
 def computed_input(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -56,10 +56,10 @@ def function_of(arm: Arm, dynamic: bool | None) -> Function:
     if arm.name in ("op", "limit"):
         return functools.partial(_call_method, arm.name)
     options = inductor_options(arm.name, arm.mode)
-    function = call
-    if arm.draw:  # Dynamo would find the code of the first draw
-        code = call.__code__.replace(co_name=f"call_{arm.draw}")
-        function = types.FunctionType(code, call.__globals__)
+    # Code of its own: Dynamo would compare the options of each compile of one code object with the
+    # call's, which takes microseconds, and draws of one arm are alike.
+    code = call.__code__.replace(co_name=f"call_{arm.draw}")
+    function = types.FunctionType(code, call.__globals__)
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
 
 
@@ -292,8 +292,6 @@ def run_cell(setting: Setting, cell: Cell, lock: DeviceLock) -> list[dict[str, A
     """Compile, check and time a cell; its result rows: µs per call of each arm."""
     torch.manual_seed(setting.seed + zlib.crc32(repr(cell).encode()))
     torch._dynamo.reset()
-    # All arms compile the same function, so each is an entry of one cache.
-    torch._dynamo.config.recompile_limit = 64
     # Parameters keep their static shape otherwise, and with them the width.
     torch._dynamo.config.force_parameter_static_shapes = cell.shapes != "dynamic"
     torch._dynamo.config.force_nn_module_property_static_shapes = cell.shapes != "dynamic"
