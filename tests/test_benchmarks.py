@@ -390,6 +390,13 @@ def test_every_document_is_filled_from_complete_results(monkeypatch: pytest.Monk
             assert "\n|---" in text, name
 
 
+def test_on_the_cpu_each_arm_is_compiled_first_once() -> None:
+    arms = grid.arms_of("glue", ("default",), static=True, gpu=False)
+    compiled = [(arm.name, arm.draw) for arm in arms if arm.compiled]
+    ours, theirs = "gatefuse-auto", "inductor"
+    assert compiled == [(theirs, 0), (ours, 0), (ours, 1), (theirs, 1)]
+
+
 def test_cells_cover_the_grids_once_and_the_most_telling_come_first() -> None:
     measured = [
         pair for one in grid.GRIDS.values() for cell in one.cells() for pair in cell.measured()
