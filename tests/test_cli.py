@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gatefuse import cli, compat, demo
+from gatefuse.demo import models
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -106,15 +107,15 @@ def test_demo_sees_a_wrong_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate stuck at one half, in one layer, is outside the demo's bound."""
     pytest.importorskip("transformers")
     device, dtype = torch.device("cpu"), torch.bfloat16
-    with torch.no_grad(), demo._quiet():
-        model = demo._model("qwen2_moe", wide=False, device=device, dtype=dtype)
+    with torch.no_grad(), models.quiet():
+        model = models.build("qwen2_moe", wide=False, device=device, dtype=dtype)
         ids = torch.randint(0, model.config.vocab_size, demo.CHECK_TOKENS)
-        eager = demo._forward(model, ids)
+        eager = models.forward(model, ids)
         model.model.layers[1].mlp.shared_expert_gate.weight.zero_()
-        stuck = demo._forward(model, ids)
-        exact = demo._model("qwen2_moe", wide=False, device=device, dtype=dtype).double()
+        stuck = models.forward(model, ids)
+        exact = models.build("qwen2_moe", wide=False, device=device, dtype=dtype).double()
         exact.set_experts_implementation("eager")
-        reference = demo._forward(exact, ids)
+        reference = models.forward(exact, ids)
     _, problems = demo._differences(eager, eager, eager, reference, dtype)
     assert problems == []
     _, problems = demo._differences(eager, eager, stuck, reference, dtype)

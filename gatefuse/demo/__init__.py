@@ -1,0 +1,252 @@
+"""`gatefuse demo`: the fusion on the model classes of transformers, with small random weights.
+
+Each model is compiled twice, with Inductor alone and with gatefuse. The demo counts the gates in
+the module tree, the fused sites and the op nodes in the graph, compares both results with eager
+and with a float64 reference, and, on a GPU, measures wider models at decode and prefill sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib.util
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gatefuse
+from gatefuse import compat, settings
+from gatefuse.backend import gatefuse_backend
+from gatefuse.demo.models import MODELS, build, count_gates, forward, quiet
+from gatefuse.demo.result import DemoResult, Differences, ModelResult, Timing
+
+__all__ = ["MODELS", "DemoError", "DemoResult", "run_demo"]
+
+CHECK_TOKENS = (2, 12)
+"""Batch and sequence length of the comparison."""
+
+TIMED = {"decode": ("reduce-overhead", (16, 1)), "prefill": ("default", (1, 4096))}
+"""Mode of torch.compile, and batch and sequence length, of each measurement on a GPU: decode steps
+are too short for the host to keep up without CUDA graphs."""
+
+_OP_CALL = re.compile(r"torch\.ops\.gatefuse\.linear_sigmoid_mul(_logit)?\b")
+
+
+class DemoError(RuntimeError):
+    """The demo cannot run here; the message says what is missing."""
+
+
+def _require_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise DemoError(
+            "the demo needs transformers, which is not installed: pip install 'gatefuse[demo]'"
+        )
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise DemoError(
+            f"the demo needs transformers 5 or later, found {transformers.__version__}: "
+            "pip install -U 'gatefuse[demo]'"
+        )
+
+
+@contextlib.contextmanager
+def _fresh_compilation() -> Iterator[None]:
+    """Compile anew inside: a graph from a cache would have no sites to tell of. Kernels that were
+    built before are reused."""
+    torch.compiler.reset()
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
+def _max(t: Tensor) -> float:
+    return t.abs().max().item()
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item()
+
+
+def _differences(
+    eager: Tensor, inductor: Tensor, fused: Tensor, reference: Tensor, dtype: torch.dtype
+) -> tuple[Differences, list[str]]:
+    """The differences, and what is wrong with them.
+
+    The fused model may be at most twice as far from the float64 reference as eager is, plus one
+    unit of ``dtype`` at the size of the reference, on the worst element and in the mean.
+    """
+    eager, inductor, fused = eager.double(), inductor.double(), fused.double()
+    scale = _max(reference)
+    found = Differences(
+        inductor_vs_eager=_max(inductor - eager) / scale,
+        gatefuse_vs_eager=_max(fused - eager) / scale,
+        eager_vs_fp64=_max(eager - reference) / scale,
+        inductor_vs_fp64=_max(inductor - reference) / scale,
+        gatefuse_vs_fp64=_max(fused - reference) / scale,
+    )
+    problems = []
+    if not torch.isfinite(fused).all():
+        problems.append("the fused result is not finite")
+    for what, measure in (("worst element", _max), ("root mean square", _rms)):
+        bound = 2 * measure(eager - reference) + torch.finfo(dtype).eps * measure(reference)
+        got = measure(fused - reference)
+        if not got <= bound:
+            problems.append(f"the fused result differs: {what} {got:.2e} > {bound:.2e}")
+    return found, problems
+
+
+def _backend() -> Any:
+    """The backend's name, or the backend itself where gatefuse is not installed but only found."""
+    names = torch._dynamo.list_backends(exclude_tags=())
+    return "gatefuse" if "gatefuse" in names else gatefuse_backend
+
+
+def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
+    model = build(name, wide=False, device=device, dtype=dtype)
+    ids = torch.randint(0, model.config.vocab_size, CHECK_TOKENS, device=device)
+    reference_model = copy.deepcopy(model).double()
+    reference_model.set_experts_implementation("eager")
+    reference = forward(reference_model, ids)
+    eager = forward(model, ids)
+    with _fresh_compilation():
+        inductor = forward(torch.compile(model, fullgraph=True), ids)
+    with _fresh_compilation(), gatefuse.record() as report:
+        fused = forward(torch.compile(model, backend=_backend(), fullgraph=True), ids)
+
+    differences, problems = _differences(eager, inductor, fused, reference, dtype)
+    gates = count_gates(model)
+    op_nodes = sum(len(_OP_CALL.findall(g.after or "")) for g in report.graphs)
+    sites = [site for graph in report.graphs for site in graph.sites]
+    rejections = [rejection for graph in report.graphs for rejection in graph.rejections]
+    if report.fused != gates:
+        problems.insert(0, f"{report.fused} of {gates} gates were fused")
+        if settings.disabled_by_environment():
+            problems.append("GATEFUSE_DISABLE is set")
+        if (reason := compat.unsupported_reason()) is not None:
+            problems.append(reason)
+        problems += [f"{r.node} was left alone: {r.reason}" for r in rejections]
+    if op_nodes != report.fused:
+        problems.append(f"{report.fused} sites, but {op_nodes} op nodes in the graph")
+    return ModelResult(
+        model=name,
+        gates=gates,
+        sites=report.fused,
+        op_nodes=op_nodes,
+        placements=dict(Counter(site.placement or "unknown" for site in sites)),
+        locations=dict(Counter(site.location or "unknown" for site in sites)),
+        differences=differences,
+        problems=problems,
+    )
+
+
+def _median_ms(
+    calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 50
+) -> list[float]:
+    """Median device time of each call in milliseconds, measured in turns."""
+    module = torch.get_device_module(device.type)
+    for call in calls:
+        for _ in range(5):
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, found in zip(calls, times, strict=True):
+            start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+            module.synchronize(device)
+            start.record()
+            call()
+            end.record()
+            module.synchronize(device)
+            found.append(start.elapsed_time(end))
+    return [statistics.median(found) for found in times]
+
+
+def _time(name: str, device: torch.device, say: Callable[[str], None]) -> list[Timing]:
+    model = build(name, wide=True, device=device, dtype=torch.bfloat16)
+    timings = []
+    for phase, (mode, (batch, length)) in TIMED.items():
+        say(f"{name}: measuring {phase}, {batch * length} tokens, mode {mode}")
+        ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
+        torch.compiler.reset()
+        inductor = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
+        fused = torch.compile(model, backend=_backend(), mode=mode, fullgraph=True, dynamic=False)
+        calls = [functools.partial(forward, compiled, ids) for compiled in (inductor, fused)]
+        timings.append(Timing(mode, phase, batch * length, *_median_ms(calls, device)))
+    return timings
+
+
+def _missing_to_compile(error: BaseException) -> str | None:
+    """What the machine lacks if Inductor could not compile its C++, or None."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    if isinstance(error, InvalidCxxCompiler):
+        return "PyTorch finds no C++ compiler; install g++ or clang++, or name one in CXX"
+    if isinstance(error, CppCompileError) and "Python.h" in str(error):
+        return "the C++ compiler finds no Python.h; install Python's headers (python3-dev)"
+    return None
+
+
+def run_demo(
+    device: str | torch.device | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    models: Sequence[str] = MODELS,
+    measure: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> DemoResult:
+    """Compile ``models`` with and without gatefuse on ``device`` and compare.
+
+    device: by default the GPU if there is one. dtype: of the compared models. measure: also time
+    wider bfloat16 models, on a GPU only. say: called with a line on what is going on.
+
+    Raises DemoError where transformers, the device or a C++ compiler is missing, or a model's graph
+    breaks.
+    """
+    _require_transformers()
+    import transformers
+
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise DemoError(f"{device!r} is not a device: cpu, cuda, cuda:1, xpu") from error
+    if device.type != "cpu":
+        module = getattr(torch, device.type, None)
+        if module is None or (device.index or 0) >= module.device_count():
+            raise DemoError(f"PyTorch {torch.__version__} finds no device {device} here")
+
+    results = []
+    with torch.no_grad(), quiet():
+        for name in models:
+            say(f"{name}: compiling with Inductor alone and with gatefuse")
+            try:
+                result = _check(name, device, dtype)
+                if measure and device.type != "cpu":
+                    result.timings = _time(name, device, say)
+            except torch._dynamo.exc.Unsupported as error:
+                reason = str(error).strip().splitlines()[0]
+                raise DemoError(f"{name} does not compile to one graph here: {reason}") from error
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                if (missing := _missing_to_compile(error.inner_exception)) is None:
+                    raise
+                raise DemoError(missing) from error
+            results.append(result)
+    torch.compiler.reset()
+    label = str(device)
+    if device.type == "cuda":
+        label = f"{device} ({torch.cuda.get_device_name(device)})"
+    versions = {
+        "gatefuse": gatefuse.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+    return DemoResult(versions, label, str(dtype).removeprefix("torch."), results)

@@ -1,0 +1,183 @@
+"""What the demo found, as data and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["DemoResult", "Differences", "ModelResult", "Timing"]
+
+
+@dataclass
+class Timing:
+    """Median time of one forward pass, in milliseconds."""
+
+    mode: str
+    phase: str
+    tokens: int
+    inductor_ms: float
+    gatefuse_ms: float
+
+
+@dataclass
+class Differences:
+    """The largest difference over all logits, relative to the largest logit of the reference.
+
+    ``*_vs_eager``: from the eager model; ``*_vs_fp64``: from the same weights in float64.
+    """
+
+    inductor_vs_eager: float
+    gatefuse_vs_eager: float
+    eager_vs_fp64: float
+    inductor_vs_fp64: float
+    gatefuse_vs_fp64: float
+
+    @property
+    def ratio(self) -> float:
+        """gatefuse's difference from eager over Inductor's own."""
+        if self.inductor_vs_eager == 0:
+            return 1.0 if self.gatefuse_vs_eager == 0 else float("inf")
+        return self.gatefuse_vs_eager / self.inductor_vs_eager
+
+
+@dataclass
+class ModelResult:
+    """What the demo found in one model; problems is empty if all is well."""
+
+    model: str
+    gates: int
+    sites: int
+    op_nodes: int
+    placements: dict[str, int]
+    locations: dict[str, int]
+    differences: Differences
+    problems: list[str] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+
+
+@dataclass
+class DemoResult:
+    """All models' results; ``passed`` is False when a gate was not fused or a result differs."""
+
+    versions: dict[str, str]
+    device: str
+    dtype: str
+    models: list[ModelResult]
+
+    @property
+    def passed(self) -> bool:
+        return not any(m.problems for m in self.models)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        models = [dataclasses.asdict(m) for m in self.models]
+        for plain, result in zip(models, self.models, strict=True):
+            ratio = result.differences.ratio
+            plain["differences"]["ratio"] = ratio if math.isfinite(ratio) else None
+        return {
+            "versions": self.versions,
+            "device": self.device,
+            "dtype": self.dtype,
+            "passed": self.passed,
+            "models": models,
+        }
+
+    def __str__(self) -> str:
+        return _format(self)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a plain-text table; the first column is flush left, the others flush right.
+
+    A header cell may have two lines.
+    """
+    heads = [(["", *cell.split("\n")])[-2:] for cell in header]
+    above, below = zip(*heads, strict=True)
+    widths = [max(map(len, column)) for column in zip(above, below, *rows, strict=True)]
+    lines = []
+    for row in (above, below, ["-" * width for width in widths], *rows):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines if lines[0] else lines[1:]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {what}" for what, n in sorted(counts.items())) or "none"
+
+
+def _format(result: DemoResult) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    lines = [f"{versions}; {result.device}, {result.dtype}", ""]
+    lines += _table(
+        ("model", "gates", "sites", "op nodes", "placed", "verdict"),
+        [
+            (
+                m.model,
+                str(m.gates),
+                str(m.sites),
+                str(m.op_nodes),
+                _counts(m.placements),
+                "FAILED" if m.problems else "ok",
+            )
+            for m in result.models
+        ],
+    )
+    lines += ["", "largest difference of the logits, relative to the largest logit", ""]
+    lines += _table(
+        (
+            "model",
+            "Inductor\nvs eager",
+            "gatefuse\nvs eager",
+            "ratio",
+            "eager\nvs fp64",
+            "Inductor\nvs fp64",
+            "gatefuse\nvs fp64",
+        ),
+        [
+            (
+                m.model,
+                f"{m.differences.inductor_vs_eager:.2e}",
+                f"{m.differences.gatefuse_vs_eager:.2e}",
+                f"{m.differences.ratio:.2f}",
+                f"{m.differences.eager_vs_fp64:.2e}",
+                f"{m.differences.inductor_vs_fp64:.2e}",
+                f"{m.differences.gatefuse_vs_fp64:.2e}",
+            )
+            for m in result.models
+        ],
+    )
+    if any(m.locations for m in result.models):
+        lines += ["", "where the gates are"]
+    for m in result.models:
+        lines += [f"  {m.model}: {n} x {where}" for where, n in sorted(m.locations.items())]
+    if any(m.timings for m in result.models):
+        lines += ["", "median time of a forward pass of a wider model, bfloat16, ms", ""]
+        lines += _table(
+            ("model", "mode", "phase", "tokens", "Inductor", "gatefuse", "ratio"),
+            [
+                (
+                    m.model,
+                    t.mode,
+                    t.phase,
+                    str(t.tokens),
+                    f"{t.inductor_ms:.3f}",
+                    f"{t.gatefuse_ms:.3f}",
+                    f"{t.gatefuse_ms / t.inductor_ms:.3f}",
+                )
+                for m in result.models
+                for t in m.timings
+            ],
+        )
+    lines.append("")
+    for m in result.models:
+        lines += [f"{m.model}: {problem}" for problem in m.problems]
+    lines.append(
+        "Every gate is fused and every result is as near to the float64 reference as eager's."
+        if result.passed
+        else "FAILED"
+    )
+    return "\n".join(lines)
