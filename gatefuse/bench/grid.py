@@ -41,7 +41,7 @@ factor of two. A user gets one of them, so that their mean counts."""
 
 CPU_DRAWS = 2
 """Compiles of an arm on the CPU, where the host's work is part of the time. What is compiled first
-is up to 5 % faster with cold caches, the same code included, so each arm is first once."""
+can be a few percent faster with cold caches, the same code included: each arm is first once."""
 
 
 @dataclass(frozen=True)
