@@ -113,11 +113,11 @@ class GateFusionPass(CustomGraphPass):
         dump = settings.dump_directory()
         keep_text = bool(sites) and (dump is not None or report.recording() or _graphs_wanted())
         if keep_text:
-            entry.before = _readable(graph, f"gatefuse before {entry.name}")
+            entry.before = readable(graph, f"gatefuse before {entry.name}")
         self._rewrite(graph, sites, entry)
         entry.fused = len(entry.sites)
         if keep_text:
-            entry.after = _readable(graph, f"gatefuse after {entry.name}")
+            entry.after = readable(graph, f"gatefuse after {entry.name}")
         report.add_graph(entry)
         log.info(
             "gatefuse: %s: %d fused, %d left alone",
@@ -245,7 +245,7 @@ def _fused_in_subgraphs(graph: Graph) -> int:
     return fused
 
 
-def _readable(graph: Graph, name: str) -> str | None:
+def readable(graph: Graph, name: str) -> str | None:
     """Code of the graph, or None where it cannot be shown; passed to torch's graph logging."""
     from torch._dynamo import utils
 

@@ -169,17 +169,18 @@ UNROLL_LIMIT = 16384
 FEW_ROWS = 256
 """Up to so many rows a launch is short of loads in flight, and not of bandwidth."""
 
-SINGLE_WAVE = 128
-"""Up to so many rows every program has a multiprocessor of a large GPU to itself."""
-
 MANY_WAVES = 8192
 """From so many rows on bandwidth is what a launch is short of, at any width."""
 
-TRIGGER_FIRST_FROM = 1 << 20
-"""Bytes of input from which on the next grid may start before a program's loads. That costs a
-program 0.2 us, and at larger sizes gains more than it costs."""
+WHOLE_ROWS_TO = 512 << 10
+"""Bytes of input up to which, with programmatic dependent launch, whole rows are loaded at once: a
+program has a multiprocessor to itself."""
 
-EVICT_ABOVE, EVICT_BELOW = 20 << 20, 12 << 20
+TRIGGER_FIRST_FROM = 7 << 18
+"""Bytes of input, value and addend from which on the next grid may start before a program's loads.
+That costs a program 0.2 us, and at larger sizes gains more than it costs."""
+
+EVICT_ABOVE, EVICT_BELOW = 20 << 20, 15 << 20
 """In bytes. Rows are read once. Where all that is moved is more than the one, and the result less
 than the other, L2 is better used if rows leave it first: the result then stays for its reader."""
 
@@ -202,42 +203,47 @@ def launch_config(
     hidden by the launch before. Measured on an H200 (``gatefuse bench launch-rule``) in bfloat16:
     within 5 % of the best shape at 1 to 8192 rows of each width from 1024 to 7168.
     """
-    block_h, block_d, num_warps = _shape(
-        h,
-        d,
-        rows is not None and rows <= FEW_ROWS,
-        rows is not None and rows <= SINGLE_WAVE,
-        rows is not None and rows >= MANY_WAVES,
-        dependent,
-    )
-    evict_first = False
-    if rows is not None:
-        result = rows * d * itemsize
-        moved = rows * h * itemsize + (3 if addend else 2) * result
-        evict_first = moved > EVICT_ABOVE and result < EVICT_BELOW
-    trigger_first = rows is None or rows * h * itemsize >= TRIGGER_FIRST_FROM
-    return LaunchConfig(block_h, block_d, num_warps, trigger_first, evict_first)
+    if rows is None:
+        few_rows = many_waves = few_bytes = evict_first = False
+        trigger_first = True
+    else:
+        row_bytes, result = rows * h * itemsize, rows * d * itemsize
+        read = row_bytes + (2 if addend else 1) * result
+        few_rows, many_waves = rows <= FEW_ROWS, rows >= MANY_WAVES
+        trigger_first = read >= TRIGGER_FIRST_FROM
+        few_bytes = not trigger_first and row_bytes <= WHOLE_ROWS_TO
+        evict_first = read + result > EVICT_ABOVE and result < EVICT_BELOW
+    if dependent:
+        shape = _dependent_shape(h, d, few_bytes, few_rows and trigger_first, many_waves)
+    else:
+        shape = _shape(h, d, few_rows)
+    return LaunchConfig(*shape, trigger_first, evict_first)
 
 
 @functools.lru_cache(maxsize=1024)
-def _shape(
-    h: int, d: int, few_rows: bool, single_wave: bool, many_waves: bool, dependent: bool
-) -> tuple[int, int, int]:
-    """Block sizes and warps."""
+def _shape(h: int, d: int, few_rows: bool) -> tuple[int, int, int]:
+    """Elements per load and warps without dependent launch."""
     widest = max(h, d)
-    whole = not dependent and ((few_rows and widest > 2048) or widest > 4096)
-    block_h, block_d = _block(h, whole), _block(d, whole)
-    num_warps = 16 if whole else 8
-    if dependent and few_rows and h == d and h % 4096 == 0:
-        block_h = block_d = 2048
-        num_warps = 16
-    elif dependent and single_wave and max(block_h, block_d) == 4096:
-        num_warps = 16
-    elif widest <= 1024 and (many_waves or not dependent):
-        num_warps = 4
-    # A thread should have at least four elements of a load.
-    num_warps = max(1, min(num_warps, max(block_h, block_d) // 128))
-    return block_h, block_d, num_warps
+    whole = widest > (2048 if few_rows else 4096)
+    return _fitting(_block(h, whole), _block(d, whole), 16 if whole else 4 if widest <= 1024 else 8)
+
+
+@functools.lru_cache(maxsize=1024)
+def _dependent_shape(
+    h: int, d: int, few_bytes: bool, few_rows: bool, many_waves: bool
+) -> tuple[int, int, int]:
+    """The same with dependent launch. few_rows: few, and of more bytes than a few."""
+    widest = max(h, d)
+    if few_bytes and 1024 < widest <= 4096:
+        return _fitting(_block(h, True), _block(d, True), 16)
+    if few_rows and h == d and h >= 4096 and h % 1024 == 0:
+        return 2048, 2048, 16
+    return _fitting(_block(h, False), _block(d, False), 4 if many_waves and widest <= 1024 else 8)
+
+
+def _fitting(block_h: int, block_d: int, num_warps: int) -> tuple[int, int, int]:
+    """Fewer warps where a thread had less than four elements of a load."""
+    return block_h, block_d, max(1, min(num_warps, max(block_h, block_d) // 128))
 
 
 @functools.cache

@@ -128,7 +128,7 @@ def test_a_dump_that_cannot_be_written_breaks_nothing(
 def test_no_text_is_made_of_graphs_that_nobody_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would take most of the pass's time."""
     shown = []
-    monkeypatch.setattr(fusion_pass, "_readable", lambda graph, name: shown.append(name))
+    monkeypatch.setattr(fusion_pass, "readable", lambda graph, name: shown.append(name))
     GateFusionPass()(post_grad_graph(linear, make_inputs(linear)))
     assert shown == []
     with gatefuse.record():

@@ -1,8 +1,8 @@
 """What does gatefuse gain in real layers? Kernels and GPU time of modules of transformers.
 
 The sparse MoE block and one decoder layer with full attention of Qwen3-Next-80B-A3B and
-Qwen1.5-MoE-A2.7B, at their real widths, in bfloat16, with as many experts as a token is routed to.
-Up to 256 tokens are a batch of single tokens (decode), more are one sequence (prefill).
+Qwen1.5-MoE-A2.7B, at their real widths, in bfloat16, with hardly more experts than a token is
+routed to. Up to 256 tokens are a batch of single tokens (decode), more are one sequence (prefill).
 
 Both arms of a cell are compiled, compared with eager, profiled (kernels launched per call, the sum
 of their durations), and timed interleaved through CUDA graphs; where a module cannot be captured,
@@ -32,7 +32,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import gatefuse
-from gatefuse.bench.core import columns, inductor_options, release_memory, reraise_if_broken
+from gatefuse.bench.core import (
+    columns,
+    inductor_options,
+    release_memory,
+    reraise_if_broken,
+    with_own_code,
+)
 from gatefuse.bench.grid import BlockCell
 from gatefuse.bench.host import timed_pass
 from gatefuse.bench.results import BenchError, Row
@@ -62,11 +68,12 @@ Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def config_of(model: str, small: bool) -> Any:
-    """The model's own sizes, with as many experts as a token is routed to: the default ones of the
-    configurations are Qwen3-Next-80B-A3B's and Qwen1.5-MoE-A2.7B's."""
+    """The model's own sizes, which are the defaults of the configurations, with few experts: as
+    many as a token is routed to, and up to a multiple of eight, for other widths of the router's
+    product Inductor pads, or does not, as a measurement of its own turns out."""
     transformers: Any = importlib.import_module("transformers")
     config = getattr(transformers, f"{CLASSES[model]}Config")(**(SMALL if small else {}))
-    config.num_experts = config.num_experts_per_tok
+    config.num_experts = -(-config.num_experts_per_tok // 8) * 8
     config._experts_implementation = "grouped_mm"  # the others break the graph or copy weights
     config._attn_implementation = "sdpa"
     return config
@@ -116,9 +123,13 @@ def compile_arm(
     arm: str, cell: BlockCell, module: nn.Module, inputs: tuple[Tensor, ...]
 ) -> tuple[Call, Tensor, Row]:
     """The compiled function, its result, and what is known of the compile."""
-    torch._dynamo.reset()
     options = inductor_options(arm, cell.mode)
-    function = torch.compile(CALL[cell.part], fullgraph=True, dynamic=False, options=options)
+    function = torch.compile(
+        with_own_code(CALL[cell.part], f"call_{cell.part}"),
+        fullgraph=True,
+        dynamic=False,
+        options=options,
+    )
     begin = time.perf_counter()
     with gatefuse.record() as report, timed_pass() as spent:
         result = function(module, *inputs)
@@ -156,9 +167,10 @@ def profiled(call: Callable[[], Any], device: str) -> tuple[int, float]:
 
 def time_calls(
     calls: dict[str, Callable[[], Tensor]], device: str, rounds: int
-) -> tuple[dict[str, Timing], str]:
-    """Device time of each call, and how it was measured: ``"graph"``, or ``"profiler"`` if one of
-    them cannot be captured in a CUDA graph (on the CPU ``"graph"`` is a loop)."""
+) -> tuple[dict[str, Timing], Row]:
+    """Device time of each call, and how it was measured: ``timed_by`` is ``"graph"``, or
+    ``"profiler"`` if one of them cannot be captured in a CUDA graph, with the reason in
+    ``not_captured`` (on the CPU ``"graph"`` is a loop)."""
     try:
         replays = {
             arm: Replay(lambda i, call=call: (call(),), CALLS, device, None)  # type: ignore[misc]
@@ -166,12 +178,16 @@ def time_calls(
         }
     except RuntimeError as error:
         reraise_if_broken(device, error)
+        if device == "cuda":  # the failed capture leaves the generator in the middle of it
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
         samples: dict[str, list[float]] = {arm: [] for arm in calls}
         for _ in range(rounds):
             for arm, call in calls.items():
                 samples[arm].append(profiled(call, device)[1])
-        return {arm: Timing.of(samples[arm], PROFILED_CALLS) for arm in calls}, "profiler"
-    return interleaved(replays, rounds, device), "graph"
+        timings = {arm: Timing.of(samples[arm], PROFILED_CALLS) for arm in calls}
+        return timings, {"timed_by": "profiler", "not_captured": f"{error!r}"[:500]}
+    return interleaved(replays, rounds, device), {"timed_by": "graph"}
 
 
 def rms(t: Tensor) -> float:
@@ -197,6 +213,7 @@ def failed_rows(cell: BlockCell, error: str) -> list[Row]:
 def run_cell(setting: Setting, cell: BlockCell, lock: DeviceLock) -> list[Row]:
     """Compile, check, profile and time both arms; their result rows, µs per call."""
     torch.manual_seed(setting.seed + zlib.crc32(repr(cell).encode()))
+    torch._dynamo.reset()
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools")
     # A graph from the cache comes without the detail of its sites.
     torch._inductor.config.fx_graph_cache = False
@@ -229,10 +246,11 @@ def run_cell(setting: Setting, cell: BlockCell, lock: DeviceLock) -> list[Row]:
             except Exception as error:
                 reraise_if_broken(device, error)
                 row["error"] = f"{error!r}"[:500]
-        with lock:
-            timings, timed_by = time_calls(calls, device, setting.rounds)
+        # What is timed is what was checked; to compile during a capture would break both.
+        with lock, torch.compiler.set_stance("fail_on_recompile"):
+            timings, how = time_calls(calls, device, setting.rounds)
     for arm, timing in timings.items():
-        rows[arm] |= {"timed_by": timed_by, **columns(timing)}
+        rows[arm] |= {**how, **columns(timing)}
     release_memory(device)
     return list(rows.values())
 

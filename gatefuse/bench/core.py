@@ -56,11 +56,17 @@ def function_of(arm: Arm, dynamic: bool | None) -> Function:
     if arm.name in ("op", "limit"):
         return functools.partial(_call_method, arm.name)
     options = inductor_options(arm.name, arm.mode)
-    # Code of its own: Dynamo would compare the options of each compile of one code object with the
-    # call's, which takes microseconds, and draws of one arm are alike.
-    code = call.__code__.replace(co_name=f"call_{arm.draw}")
-    function = types.FunctionType(code, call.__globals__)
+    function = with_own_code(call, f"call_{arm.draw}")
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
+
+
+def with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A copy of a function without closure or defaults, for one compile.
+
+    Dynamo keeps compiles by code object: it would compare the options of each compile with those of
+    a call, which takes microseconds, and take two compiles with the same options for one.
+    """
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__)
 
 
 def inductor_options(name: str, mode: str) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class RuleCell:
 
 
 def configurations(width: int) -> Iterator[LaunchConfig]:
-    """Chunks that divide the row, and one padded load; 2 to 32 elements a thread."""
-    chunks = {c for c in (1024, 2048) if width % c == 0} or {512}
+    """Chunks, most of which divide the row, and one padded load; 2 to 32 elements a thread."""
+    chunks = {c for c in (1024, 2048) if width % 1024 == 0 and c <= width} or {512}
     for block in sorted(chunks | {min(1 << (width - 1).bit_length(), 8192)}):
         for warps in (4, 8, 16):
             if 2 <= block // (32 * warps) <= 32:

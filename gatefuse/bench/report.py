@@ -220,10 +220,12 @@ class Tables:
                 if inductor is None or fused is None:
                     continue
                 columns = [str(key.tokens)]
-                for name in ("kernels", "median_us"):
+                for spread in (False, True):
                     for row in (inductor, fused):
-                        value = row.get(name)
-                        columns.append("failed" if "error" in row else number(value))
+                        text = number(row.get("median_us" if spread else "kernels"))
+                        if spread and text:
+                            text += f" ({number(row['p10_us'])}..{number(row['p90_us'])})"
+                        columns.append("failed" if "error" in row else text)
                 if "error" not in inductor and "error" not in fused:
                     ratio = fused["median_us"] / inductor["median_us"]
                     columns.append(f"{ratio:.3f}{self.mark(key, ('gatefuse-auto', mode))}")

@@ -7,6 +7,7 @@ import csv
 import datetime
 import functools
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -47,7 +48,8 @@ def checkout() -> Path:
 
 
 def header(device: str, arguments: list[str]) -> dict[str, Any]:
-    """What is measured with what, and when. Initialises no device.
+    """What is measured with what, and when; of several GPUs the first visible one is named.
+    Initialises no device.
 
     Of ``arguments`` that are absolute paths only the last part is kept.
     """
@@ -62,9 +64,8 @@ def header(device: str, arguments: list[str]) -> dict[str, Any]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     return {
-        "device": _output(*query) if device == "cuda" else _processor(),
+        "device": _gpu() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": triton_version,
@@ -84,6 +85,14 @@ def _output(*command: str) -> str | None:
     except OSError:
         return None
     return result.stdout.strip() or None if result.returncode == 0 else None
+
+
+def _gpu() -> str | None:
+    """Name and driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    found = _output(*query, *(["-i", visible] if visible else []))
+    return found.splitlines()[0] if found else None
 
 
 def _processor() -> str:

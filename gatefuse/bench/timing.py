@@ -3,10 +3,11 @@
 Device time. A graph holds ``calls`` calls, each on another input set (weights included) of a
 rotation; the time of a replay divided by ``calls`` is one sample. Before each replay, outside the
 timed region, a buffer of three times the L2 cache is read, and no set is used twice in a replay
-unless the rotation is itself larger than that: every call finds its inputs in device memory. The
-read also keeps the device busy while the host launches the graph, so no launch latency is timed.
-Replays of all arms are interleaved, one per arm and round, in another order in each round, so that
-drift of clocks and what an arm leaves behind (spinning threads, say) hit all alike.
+unless the rotation is itself larger than that: every call finds its inputs in device memory.
+Before that read the device spins, as long as the host may need to launch the graph: no launch
+latency is timed. Replays of all arms are interleaved, one per arm and round, in another order in
+each round, so that drift of clocks and what an arm leaves behind (spinning threads, say) hit all
+alike.
 
 On the CPU the same plan runs as a plain loop under the wall clock.
 """
@@ -30,6 +31,8 @@ COLD_FACTOR = 3  # an input is cold after this many times the L2 cache has been 
 MAX_CALLS = 1024
 LEAST_ROUNDS = 11
 ENOUGH_S = 10.0
+SPIN_CYCLES = 1_000_000
+"""About half a millisecond; a graph of some hundred kernels is launched in less."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Ke
         events = []
         for key in order.sample(list(replays), len(replays)):
             replay = replays[key]
+            if device == "cuda":
+                torch.cuda._sleep(SPIN_CYCLES)
             flush.sum()
             if device == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

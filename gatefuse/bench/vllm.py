@@ -1,12 +1,15 @@
 """What does the fused gate gain in vLLM? Tokens per second, and the device's work in a step.
 
     python -m gatefuse.bench.vllm --out DIR [--model qwen2_moe|qwen3_next] [--layers N]
-        [--arms vllm,plugin,...] [--rounds 8] [--together 2] [--time-budget 560] [--tiny]
+        [--arms vllm,plugin,...] [--workloads decode-16,...] [--rounds 8] [--together 2]
+        [--starts 1] [--time-budget 560] [--tiny]
     python -m gatefuse.bench.vllm --table FILE...
 
 Offline engines with dummy weights of the model's shapes in bfloat16: no network, no checkpoint, no
 tokenizer. Each arm is an engine in a process of its own. ``--together`` engines are up at the same
-time and take turns, so that what drifts hits them alike; each runs while the others wait. Arms:
+time and take turns, so that what drifts hits them alike; each runs while the others wait. The
+speed of an engine also differs from start to start: with ``--starts`` they are all started so many
+times, and profiled the first time. Arms:
 
 - ``vllm``: vLLM as it is (GATEFUSE_DISABLE=1).
 - ``plugin``: gatefuse's plugin.
@@ -14,9 +17,9 @@ time and take turns, so that what drifts hits them alike; each runs while the ot
   shared expert.
 - ``hand-kernel``: the gate as one kernel inside vLLM's opaque MoE op, as vLLM's PR #43190.
 
-The result file has a row for each arm and workload: seconds of each round, tokens per second, and
-what a profiled step holds, by kernel; and for each arm the lines that gatefuse logged. It is
-written after each group of engines. DIR also gets the engines' logs.
+The result file has a row for each arm, workload and start: seconds of each round, tokens per
+second, and what a profiled step holds, by kernel; and for each arm the lines that gatefuse logged.
+It is written after each group of engines. DIR also gets the engines' logs.
 
 gatefuse need not be installed: where its entry points are not found, the engines' processes get
 them from pyproject.toml. So on a machine without a network, where vLLM can be imported, from the
@@ -271,15 +274,15 @@ class Group:
         self.content = content
         self.rows: dict[tuple[str, Workload], dict[str, Any]] = {}
 
-    def wait(self, workloads: Sequence[Workload]) -> None:
-        """Until all have started."""
+    def wait(self, workloads: Sequence[Workload], start_number: int) -> None:
+        """Until all have started; ``start_number`` counts the starts of each."""
         for engine in list(self.engines):
             if (start := self._try(engine, engine.answer)) is None:
                 continue
             self.content["engines"][engine.arm] = start | {"lines": engine.lines()}
             print(f"{engine.arm}: {json.dumps(self.content['engines'][engine.arm])}", flush=True)
             for workload in workloads:
-                row = {"arm": engine.arm, **asdict(workload), "seconds": []}
+                row = {"arm": engine.arm, **asdict(workload), "start": start_number, "seconds": []}
                 self.rows[engine.arm, workload] = row
                 self.content["rows"].append(row)
 
@@ -351,7 +354,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, default="qwen2_moe")
     parser.add_argument("--layers", type=int, help="another number of layers")
     parser.add_argument("--arms", default=",".join(DEFAULT_ARMS))
+    parser.add_argument("--workloads", help="default: all")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--starts", type=int, default=1, help="starts of each engine")
     parser.add_argument("--together", type=int, default=2, help="engines that are up at a time")
     parser.add_argument("--time-budget", type=float, default=560, help="seconds in all")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short workloads")
@@ -363,6 +368,12 @@ def main(argv: list[str] | None = None) -> int:
     arms = arguments.arms.split(",")
     if arguments.out is None or not set(arms) <= set(ARMS):
         parser.error(f"--out is needed, and arms among {', '.join(ARMS)}")
+    workloads: tuple[Workload, ...] = TINY_WORKLOADS if arguments.tiny else WORKLOADS
+    if arguments.workloads is not None:
+        chosen = arguments.workloads.split(",")
+        if not set(chosen) <= {w.name for w in workloads}:
+            parser.error(f"workloads are {', '.join(w.name for w in workloads)}")
+        workloads = tuple(w for w in workloads if w.name in chosen)
 
     import torch
 
@@ -381,7 +392,6 @@ def main(argv: list[str] | None = None) -> int:
         "rows": [],
     }
     out = results.new_path(arguments.out, f"vllm-{arguments.model}")
-    workloads = TINY_WORKLOADS if arguments.tiny else WORKLOADS
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         (place / "model").mkdir()
@@ -389,28 +399,39 @@ def main(argv: list[str] | None = None) -> int:
         (place / "site").mkdir()
         write_entry_points(place / "site")
 
-        def start(arm: str) -> Remote:
+        def start(arm: str, number: int) -> Remote:
             return Remote(
                 arm,
                 engine_arguments(arguments.model, place / "model", arguments.tiny),
                 environment_of(arm, place / "site"),
-                arguments.out / f"{out.stem}-{arm}.log",
+                arguments.out / f"{out.stem}-{arm}{f'-{number}' if number else ''}.log",
                 deadline,
             )
 
         deadline = begin + arguments.time_budget
-        groups = [arms[i : i + arguments.together] for i in range(0, len(arms), arguments.together)]
-        for i, names in enumerate(groups):
-            share = time.monotonic() + (deadline - time.monotonic()) / (len(groups) - i)
-            group = Group([start(arm) for arm in names], content)
+        groups = [
+            (number, arms[i : i + arguments.together])
+            for number in range(arguments.starts)
+            for i in range(0, len(arms), arguments.together)
+        ]
+        longest = 0.0
+        for i, (number, names) in enumerate(groups):
+            group_begin = time.monotonic()
+            if number and group_begin + longest > deadline:
+                break
+            share = group_begin + (deadline - group_begin) / (len(groups) - i)
+            group = Group([start(arm, number) for arm in names], content)
             try:
-                group.wait(workloads)
+                group.wait(workloads, number)
                 group.measure(arguments.rounds, share, deadline)
                 results.write(out, content)
-                group.profile()
+                if number == 0:
+                    group.profile()
             finally:
                 group.close()
                 results.write(out, content)
+            if number:  # the first time caches are cold, and profiles are taken
+                longest = max(longest, time.monotonic() - group_begin)
     print(vllm_tables.everything(content))
     print(f"{out} ({time.monotonic() - begin:.0f} s)")
     return 1 if content["errors"] else 0

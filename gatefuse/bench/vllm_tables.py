@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from gatefuse.bench import report
@@ -36,7 +37,9 @@ def everything(content: dict[str, Any]) -> str:
 def title(content: dict[str, Any]) -> str:
     """Model, layers, version of vLLM."""
     versions = dict.fromkeys(f"vLLM {e['vllm']}" for e in content["engines"].values())
-    return ", ".join([content["model"], f"{content['layers']} layers", *versions])
+    parts = [content["model"], f"{content['layers']} layers", *versions]
+    starts = len({row.get("start", 0) for row in content["rows"]})
+    return ", ".join(parts + [f"{starts} starts of each engine"] * (starts > 1))
 
 
 def tables(content: dict[str, Any]) -> list[str]:
@@ -44,12 +47,16 @@ def tables(content: dict[str, Any]) -> list[str]:
     arms = by_arm(content)
     names = list(dict.fromkeys(row["name"] for row in content["rows"]))
     base = arms.get(BASE, {})
+    gains = gains_by_start(content)
 
     def cell(arm: str, name: str, key: str) -> str:
         mine, theirs = (value(rows.get(name, {}), key) for rows in (arms[arm], base))
         if mine is None:
             return ""
-        ratio = f" ({100 * (mine / theirs - 1):+.1f} %)" if theirs and arm != BASE else ""
+        gain = mine / theirs - 1 if theirs else 0.0
+        if key == "new_tokens_per_s" and (arm, name) in gains:
+            gain = statistics.median(gains[arm, name])
+        ratio = f" ({100 * gain:+.1f} %)" if theirs and arm != BASE else ""
         return f"{mine:.4g}{ratio}" if abs(mine) < 1000 else f"{mine:.0f}{ratio}"
 
     parts = []
@@ -62,6 +69,16 @@ def tables(content: dict[str, Any]) -> list[str]:
         body = [(arm, [cell(arm, name, key) for name in names]) for arm in arms]
         if any(any(values) for _, values in body):
             parts += [f"{heading}:", report.table(["", *names], body)]
+    body = [
+        (
+            arm,
+            [", ".join(f"{100 * gain:+.1f} %" for gain in gains.get((arm, n), [])) for n in names],
+        )
+        for arm in arms
+        if arm != BASE
+    ]
+    if any(len(gain) > 1 for gain in gains.values()):
+        parts += [f"Throughput against {BASE}, start by start:", report.table(["", *names], body)]
     costs = [
         (arm, [report.number(gate_us(content, arms, arm, name)) for name in names]) for arm in arms
     ]
@@ -82,11 +99,37 @@ def tables(content: dict[str, Any]) -> list[str]:
 
 
 def by_arm(content: dict[str, Any]) -> dict[str, dict[str, Row]]:
-    """Rows by arm and workload."""
-    arms: dict[str, dict[str, Row]] = {}
+    """Rows by arm and workload: of the first start, with the medians of all starts."""
+    found: dict[str, dict[str, list[Row]]] = {}
     for row in content["rows"]:
-        arms.setdefault(row["arm"], {})[row["name"]] = row
-    return arms
+        found.setdefault(row["arm"], {}).setdefault(row["name"], []).append(row)
+    return {
+        arm: {name: over_starts(rows) for name, rows in by_name.items()}
+        for arm, by_name in found.items()
+    }
+
+
+def over_starts(rows: list[Row]) -> Row:
+    """The first start's row, with the medians of the throughput and its spread."""
+    merged = dict(rows[0])
+    for key in ("new_tokens_per_s", "tokens_per_s", "spread"):
+        if values := [row[key] for row in rows if key in row]:
+            merged[key] = statistics.median(values)
+    return merged
+
+
+def gains_by_start(content: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
+    """By arm and workload: throughput over that of ``vllm`` minus one, at each start of both."""
+    speeds = {
+        (row["arm"], row["name"], row.get("start", 0)): row["new_tokens_per_s"]
+        for row in content["rows"]
+        if "new_tokens_per_s" in row
+    }
+    gains: dict[tuple[str, str], list[float]] = {}
+    for (arm, name, number), speed in speeds.items():
+        if arm != BASE and (base := speeds.get((BASE, name, number))):
+            gains.setdefault((arm, name), []).append(speed / base - 1)
+    return gains
 
 
 def value(row: Row, key: str) -> Any:
