@@ -620,6 +620,38 @@ def test_tables_of_vllm_without_a_profile() -> None:
     assert "Kernels per step" not in text
 
 
+def test_tables_of_vllm_with_several_starts() -> None:
+    """Engines of different starts are not compared with each other: a start's gain is taken within
+    it, and the middle one counts."""
+    content = engine_file()
+    first = content["rows"]
+    for number, factors in enumerate(((0.9, 0.9), (1.0, 0.97)), 1):
+        for row, factor in zip(first[:2], factors, strict=True):
+            speed = row["new_tokens_per_s"] * factor
+            again = {"arm": row["arm"], "name": row["name"], "start": number, "spread": 0.03}
+            content["rows"] = [*content["rows"], again | {"new_tokens_per_s": speed, "repeats": 1}]
+    text = vllm_tables.everything(content)
+    for line in (
+        "qwen2_moe, 2 layers, vLLM 0.26.0, 3 starts of each engine, a GPU",
+        "| vllm | 1000 |",
+        "| plugin | 1067 (+10.0 %) |",
+        "| plugin | +10.0 %, +10.0 %, +6.7 % |",
+        "| hand-kernel | -1.0 % |",
+        "| plugin | 3.0 % |",  # the spread
+        "| plugin | 4 (-50.0 %) |",  # the first start's profile
+    ):
+        assert line in text.splitlines(), line
+
+
+def test_header_names_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {(): "GPU A, 580\nGPU B, 580", ("-i", "1"): "GPU B, 580"}
+    monkeypatch.setattr(results, "_output", lambda *command: found[command[3:]])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert results._gpu() == "GPU A, 580"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert results._gpu() == "GPU B, 580"
+
+
 def test_header_keeps_no_folders_of_the_machine(tmp_path: Path) -> None:
     arguments = ["--out", str(tmp_path / "out"), "--grid", "main"]
     assert results.header("cpu", arguments)["arguments"] == ["--out", "out", "--grid", "main"]

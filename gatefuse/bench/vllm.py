@@ -2,14 +2,15 @@
 
     python -m gatefuse.bench.vllm --out DIR [--model qwen2_moe|qwen3_next] [--layers N]
         [--arms vllm,plugin,...] [--workloads decode-16,...] [--rounds 8] [--together 2]
-        [--starts 1] [--time-budget 560] [--tiny]
+        [--starts 1] [--gpus 1] [--time-budget 560] [--tiny]
     python -m gatefuse.bench.vllm --table FILE...
 
 Offline engines with dummy weights of the model's shapes in bfloat16: no network, no checkpoint, no
 tokenizer. Each arm is an engine in a process of its own. ``--together`` engines are up at the same
 time and take turns, so that what drifts hits them alike; each runs while the others wait. The
 speed of an engine also differs from start to start: with ``--starts`` they are all started so many
-times, and profiled the first time. Arms:
+times, and profiled the first time. With ``--gpus 2`` two engines that are up together have a GPU
+each, so that more layers fit, and change places at each start. Arms:
 
 - ``vllm``: vLLM as it is (GATEFUSE_DISABLE=1).
 - ``plugin``: gatefuse's plugin.
@@ -357,6 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workloads", help="default: all")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--starts", type=int, default=1, help="starts of each engine")
+    parser.add_argument("--gpus", type=int, default=1, help="that engines are spread over")
     parser.add_argument("--together", type=int, default=2, help="engines that are up at a time")
     parser.add_argument("--time-budget", type=float, default=560, help="seconds in all")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short workloads")
@@ -399,11 +401,16 @@ def main(argv: list[str] | None = None) -> int:
         (place / "site").mkdir()
         write_entry_points(place / "site")
 
-        def start(arm: str, number: int) -> Remote:
+        def start(arm: str, number: int, place_in_group: int) -> Remote:
+            environment = environment_of(arm, place / "site")
+            if arguments.gpus > 1:
+                environment["CUDA_VISIBLE_DEVICES"] = str(
+                    (place_in_group + number) % arguments.gpus
+                )
             return Remote(
                 arm,
                 engine_arguments(arguments.model, place / "model", arguments.tiny),
-                environment_of(arm, place / "site"),
+                environment,
                 arguments.out / f"{out.stem}-{arm}{f'-{number}' if number else ''}.log",
                 deadline,
             )
@@ -420,7 +427,8 @@ def main(argv: list[str] | None = None) -> int:
             if number and group_begin + longest > deadline:
                 break
             share = group_begin + (deadline - group_begin) / (len(groups) - i)
-            group = Group([start(arm, number) for arm in names], content)
+            engines = [start(arm, number, index) for index, arm in enumerate(names)]
+            group = Group(engines, content)
             try:
                 group.wait(workloads, number)
                 group.measure(arguments.rounds, share, deadline)
