@@ -75,12 +75,13 @@ def summary(tables: Tables) -> list[str]:
 
 def counts(tables: Tables) -> str:
     """How many marks are missed."""
-    gpu_cells = sum(k.device == "gpu" for k in tables.results.cells)
-    missed = len(tables.misses)
-    return (
-        f"{missed} marks are missed (†) in {gpu_cells} measured cells; "
-        f"{len(missing(tables.results))} of the cells that should be measured are not yet."
-    )
+    found = tables.results
+    modules = {(key, mode) for key, arms in found.blocks.items() for _, mode in arms}
+    measured = len(found.cells) + len(modules)
+    text = f"{len(tables.misses)} marks are missed (†) in {measured} measured cells"
+    if lacking := len(missing(found)):
+        text += f", and {lacking} are not measured yet"
+    return f"{text}: [why](docs/performance.md#what-misses-its-mark-and-why)."
 
 
 def misses(tables: Tables) -> list[str]:
