@@ -21,7 +21,7 @@ from torch._inductor import pattern_matcher
 from torch.fx import Graph
 
 import gatefuse
-from gatefuse import fusion_pass, matcher
+from gatefuse import fusion_pass, matcher, rewriter
 from gatefuse.fusion_pass import GateFusionPass
 
 #: Steps that fail, and forms in which they happen: only a graph that needs a logit is sorted.
@@ -87,7 +87,7 @@ def test_errors_leave_the_model_unfused_or_unseen(
 ) -> None:
     where, name = {
         "matcher": (fusion_pass, "find_sites"),
-        "op": (fusion_pass, "_check_same"),
+        "op": (rewriter, "_check_same"),
         "text": (torch.fx.GraphModule, "print_readable"),
     }[broken]
     graph = post_grad_graph(linear, make_inputs(linear))
