@@ -186,7 +186,12 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> report.R
         ]
         inputs = [p for p in _parameters(model, args, kwargs) if p.requires_grad]
         if leaves and inputs:
-            torch.autograd.grad([t.sum() for t in leaves], inputs, allow_unused=True)
+            ones = [torch.ones_like(t) for t in leaves]
+            try:
+                torch.autograd.grad(leaves, inputs, ones, allow_unused=True)
+            except RuntimeError as e:
+                if "backward through the graph a second time" not in str(e):
+                    raise  # else the call itself went backward
     return result
 
 

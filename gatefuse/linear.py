@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from gatefuse.nodes import (
     is_neutral,
     known,
     numel_is_one,
+    roundings,
     row_source,
     same_shape,
     source_of,
@@ -35,9 +36,14 @@ _PACKED_LINEARS = ("mkldnn::_linear_pointwise", "mkl::_mkl_linear", "onednn::")
 
 @dataclass(frozen=True)
 class Linear:
+    """product_roundings, sum_roundings: what the unfused graph rounds each product to, and their
+    sum before the bias is added."""
+
     input: Node
     weight: Node
     bias: Node | None
+    product_roundings: tuple[torch.dtype, ...] = ()
+    sum_roundings: tuple[torch.dtype, ...] = ()
 
 
 def _unpadded(node: Node) -> Node:
@@ -112,7 +118,7 @@ def _match_sum(node: Node) -> Linear:
         input = row_source(x, width)
         if input is None:
             raise NoMatch("the input's rows are not in its last dimension")
-        return Linear(input, weight_source(w, width), None)
+        return Linear(input, weight_source(w, width), None, product_roundings=roundings([product]))
     raise NoMatch("the logit is a sum of products, but neither factor is one row of weights")
 
 
@@ -204,5 +210,5 @@ def _match_biased(add: Node, cut_to: Shape | None) -> Linear:
             raise NoMatch("two biases are added to the logit")
         if any(len(n.users) > 1 for n in above):
             raise NoMatch("the logit before the bias is used elsewhere")
-        return Linear(found.input, found.weight, wide_source(bias))
+        return replace(found, bias=wide_source(bias), sum_roundings=roundings(above[::-1]))
     raise NoMatch(problem)

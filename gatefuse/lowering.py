@@ -209,9 +209,7 @@ def _is_opaque(target: torch._ops.OpOverload) -> bool:
 
 
 def _round_to(x: Any, dtype: torch.dtype) -> Any:
-    """Round float32 values to ``dtype`` and back; Inductor would drop a plain pair of casts."""
-    if dtype == torch.float32:
-        return x
+    """Round float32 values to a dtype below and back; Inductor would drop a plain pair of casts."""
     through_bits = compat.drops_rounding_casts(x.get_device().type)
 
     def inner(v: Any) -> Any:
@@ -255,24 +253,25 @@ def _lower_inline(
     wide = torch.promote_types(torch.float32, out_dtype)
     mul, add = lowerings[aten.mul.Tensor], lowerings[aten.add.Tensor]
     row = lowerings[aten.squeeze.dim](weight, 0)
-    product = mul(lower_to_dtype(input, wide), lower_to_dtype(row, wide))
+
+    def rounded(x: Any, name: str) -> Any:
+        for dtype in meta["roundings"][name] if rounding else ():
+            x = _round_to(x, dtype)
+        return x
+
+    product = rounded(mul(lower_to_dtype(input, wide), lower_to_dtype(row, wide)), "product")
     logit = lowerings[aten.sum.dim_IntList](product, [-1], True)
     if bias is not None:
+        logit = rounded(logit, "sum")
         logit = add(logit, lower_to_dtype(lowerings[aten.reshape.default](bias, [1]), wide))
     kept = None if logit_dtype is None else lower_to_dtype(logit, logit_dtype)
-    if rounding:
-        logit = _round_to(logit, meta["logit_dtype"])
-    gate = lowerings[aten.sigmoid.default](logit)
-    if rounding:
-        gate = _round_to(gate, meta["gate_dtype"])
+    gate = rounded(lowerings[aten.sigmoid.default](rounded(logit, "logit")), "gate")
     lead = list(value.get_size()[:-1])
     if list(gate.get_size()[:-1]) != lead:
         gate = lowerings[aten.reshape.default](gate, [*lead, 1])
     out = (_rounded_product if rounding else mul)(gate, lower_to_dtype(value, wide))
     if addend is not None:
-        if rounding:
-            out = _round_to(out, meta["product_dtype"])
-        out = add(out, lower_to_dtype(addend, wide))
+        out = add(rounded(out, "gated"), lower_to_dtype(addend, wide))
     return lower_to_dtype(out, out_dtype), kept
 
 

@@ -42,7 +42,8 @@ class Site:
 
     logit: the node of the full linear, bias included. chain: the nodes from there to the gate,
     logit and sigmoid among them. input has rows of width H in its last dimension; weight and bias
-    may have any shape with H and 1 elements. anchor: the node that the op replaces, ``mul`` or the
+    may have any shape with H and 1 elements. product_roundings, sum_roundings: the linear's, see
+    :class:`gatefuse.linear.Linear`. anchor: the node that the op replaces, ``mul`` or the
     add behind it. value_views: shape operators between mul and add, which move to the value.
     """
 
@@ -52,6 +53,8 @@ class Site:
     input: Node
     weight: Node
     bias: Node | None
+    product_roundings: tuple[torch.dtype, ...]
+    sum_roundings: tuple[torch.dtype, ...]
     mul: Node
     value: Node
     addend: Node | None
@@ -254,6 +257,8 @@ def _site(
         input=linear.input,
         weight=linear.weight,
         bias=linear.bias,
+        product_roundings=linear.product_roundings,
+        sum_roundings=linear.sum_roundings,
         mul=mul,
         value=value,
         addend=addend,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -136,6 +138,13 @@ def wide_source(node: Node) -> Node:
     while is_float_conversion(node) and widens(node):
         node = source_of(node)
     return node
+
+
+def roundings(nodes: Iterable[Node]) -> tuple[torch.dtype, ...]:
+    """The dtypes below float32 that a float32 value is rounded to on its way through ``nodes``."""
+    dtypes = [tensor_of(node, "a node of the gate").dtype for node in nodes]
+    low = [dtype for dtype in dtypes if dtype != torch.float32]
+    return tuple(dtype for dtype, _ in itertools.groupby(low))
 
 
 def row_source(node: Node, width: Any) -> Node | None:

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, Node
 
 from gatefuse.matcher import Site, logit_shape_op, site_dtype
-from gatefuse.nodes import known, same_shape
+from gatefuse.nodes import known, roundings, same_shape
 from gatefuse.settings import Options
 
 __all__ = ["META_KEY", "DifferentResult", "Rewriter"]
@@ -56,9 +56,7 @@ class Rewriter:
             "key": key,
             "placement": self.options.placement,
             "eager_rounding": self.options.eager_rounding,
-            "logit_dtype": site.logit.meta["val"].dtype,
-            "gate_dtype": site.chain[-1].meta["val"].dtype,
-            "product_dtype": site.mul.meta["val"].dtype,
+            "roundings": _roundings(site),
         }
         if logit is not None:
             self._replace(site.logit, logit)
@@ -174,6 +172,19 @@ class Rewriter:
             result = call(prims.convert_element_type.default, result, wanted)
         _check_same(result.meta["val"], site.anchor.meta["val"])
         return op, result, logit
+
+
+def _roundings(site: Site) -> dict[str, tuple[torch.dtype, ...]]:
+    """What the unfused graph rounds the values of a site to: each product and the sum of the
+    linear, the logit, the gate, the gated value."""
+    sigmoid = site.chain.index(site.sigmoid)
+    return {
+        "product": site.product_roundings,
+        "sum": site.sum_roundings,
+        "logit": roundings(site.chain[:sigmoid]),
+        "gate": roundings(site.chain[sigmoid:]),
+        "gated": roundings([site.mul]),
+    }
 
 
 class DifferentResult(Exception):

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor_config
+import torch.nn.functional as F
 from forms import (
     H,
     addend_first,
-    bias_after,
     float_cast_back,
     linear,
     linear_bias,
@@ -392,6 +392,25 @@ def test_explain() -> None:
     assert not later.graphs
 
 
+def test_explain_of_a_call_that_goes_backward() -> None:
+    def step(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        loss = linear(x, w, v).sum()
+        loss.backward()
+        return loss
+
+    report = gatefuse.explain(step, *make_inputs(linear, grad=True))
+    assert {g.phase: g.fused for g in report.graphs}["forward"] == 1
+
+
+def test_explain_of_a_complex_result() -> None:
+    def wave(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return torch.complex(linear(x, w, v), v)
+
+    report = gatefuse.explain(wave, *make_inputs(linear, grad=True))
+    assert {g.phase: g.fused for g in report.graphs}["forward"] == 1
+    assert {g.phase for g in report.graphs} == {"forward", "backward"}
+
+
 def test_explain_of_a_module_that_has_compiled_itself() -> None:
     model, inputs = Gate(), (torch.randn(5, H), torch.randn(5, H))
     model.compile()
@@ -568,29 +587,70 @@ def test_uuid_changes_with_the_source(tmp_path: Path) -> None:
 # --- rounding -----------------------------------------------------------------------------------
 
 
-def _exact_inputs(fn: Callable[..., Any]) -> tuple[Tensor, ...]:
-    """bfloat16 inputs whose products and sums are exact in float32, in any order."""
+def _exact_inputs(fn: Callable[..., Any], rows: int = 64) -> tuple[Tensor, ...]:
+    """bfloat16 inputs whose products and sums are exact in float32, in any order, and mostly not
+    in bfloat16."""
     generator = torch.Generator().manual_seed(3)
     exact = {
-        "x": torch.randint(-4, 5, (64, H), generator=generator),
-        "w": torch.randint(-4, 5, (1, H), generator=generator) / 64,
+        "x": torch.randint(-64, 65, (rows, H), generator=generator),
+        "w": torch.randint(-64, 65, (1, H), generator=generator) / 8192,
     }
-    inputs = zip(inspect.signature(fn).parameters, make_inputs(fn, lead=(64,)), strict=True)
+    inputs = zip(inspect.signature(fn).parameters, make_inputs(fn, lead=(rows,)), strict=True)
     return tuple(exact.get(name, t).to(BF16) for name, t in inputs)
 
 
-@pytest.mark.parametrize("how", ["option", "inductor"])
-@pytest.mark.parametrize(
-    "fn",
-    [linear, addend_first, linear_bias, bias_after, product_sum, float_cast_back, logit_returned],
-    ids=lambda fn: fn.__name__,
+def gate_widened(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w)).float() * v.float()
+
+
+def gate_widened_and_back(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return gate_widened(x, w, v).to(v.dtype)
+
+
+def logit_narrowed(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x.float(), w.float()).to(v.dtype)) * v
+
+
+def bias_wider(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w) + b.float()) * v
+
+
+ROUNDED = (
+    linear,
+    addend_first,
+    linear_bias,
+    bias_wider,
+    product_sum,
+    float_cast_back,
+    logit_returned,
+    gate_widened,
+    gate_widened_and_back,
+    logit_narrowed,
 )
+
+
+@pytest.mark.parametrize("how", ["option", "inductor"])
+@pytest.mark.parametrize("fn", ROUNDED, ids=lambda fn: fn.__name__)
 def test_eager_rounding_is_bit_identical_to_eager(fn: Callable[..., Any], how: str) -> None:
     inputs = _exact_inputs(fn)
     with inductor_config.patch(emulate_precision_casts=how == "inductor"):
         result = compile_and_compare(fn, inputs, options={"eager_rounding": how == "option"})
     assert result.report.fused == 1
     assert_identical(result.fused, result.eager)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_eager_rounding_of_a_decomposed_product(rows: int) -> None:
+    """Coordinate descent, and one row on the CPU, make a float32 sum of the linear."""
+    for fn in (addend_first, gate_widened):
+        result = compile_and_compare(
+            fn,
+            _exact_inputs(fn, rows),
+            options={"eager_rounding": True},
+            coordinate_descent=rows > 1,
+        )
+        assert result.report.fused == 1
+        assert_identical(result.fused, result.eager)
 
 
 def test_without_eager_rounding_the_result_is_rounded_once() -> None:
