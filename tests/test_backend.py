@@ -612,7 +612,7 @@ def logit_narrowed(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
 
 
 def bias_wider(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
-    return torch.sigmoid(F.linear(x, w) + b.float()) * v
+    return torch.sigmoid(F.linear(x, w) + b.float()).to(v.dtype) * v
 
 
 ROUNDED = (
