@@ -91,7 +91,7 @@ def _gpu() -> str | None:
     """Name and driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    found = _output(*query, *(["-i", visible] if visible else []))
+    found = (_output(*query, "-i", visible) if visible else None) or _output(*query)
     return found.splitlines()[0] if found else None
 
 
