@@ -5,9 +5,9 @@ rotation; the time of a replay divided by ``calls`` is one sample. Before each r
 timed region, a buffer of three times the L2 cache is read, and no set is used twice in a replay
 unless the rotation is itself larger than that: every call finds its inputs in device memory.
 Before that read the device spins, as long as the host may need to launch the graph: no launch
-latency is timed. Replays of all arms are interleaved, one per arm and round, in another order in
-each round, so that drift of clocks and what an arm leaves behind (spinning threads, say) hit all
-alike.
+latency is timed. Replays of all arms are interleaved, one per arm and round, in a random order and
+then in its reverse, so that drift of clocks and what an arm leaves behind (spinning threads, say)
+hit all alike.
 
 On the CPU the same plan runs as a plain loop under the wall clock.
 """
@@ -133,11 +133,17 @@ def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Ke
     """
     samples: dict[Key, list[float]] = {key: [] for key in replays}
     flush = _flush_buffer(device)
-    order = random.Random(0)
+    shuffled = random.Random(0)
+    order = list(replays)
 
-    def sample_all() -> None:
+    def sample_all(round_: int) -> None:
+        # Every second round is the reverse of the one before: of two arms each is first as often.
+        if round_ % 2:
+            order.reverse()
+        else:
+            shuffled.shuffle(order)
         events = []
-        for key in order.sample(list(replays), len(replays)):
+        for key in order:
             replay = replays[key]
             if device == "cuda":
                 torch.cuda._sleep(SPIN_CYCLES)
@@ -158,15 +164,15 @@ def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Ke
             samples[key].append(start.elapsed_time(end) * 1e3 / calls)
 
     # Two rounds upload the graphs and bring the clocks up; they are thrown away.
-    for _ in range(2):
-        sample_all()
+    for round_ in range(2):
+        sample_all(round_)
     for values in samples.values():
         values.clear()
     begin = time.monotonic()
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.monotonic() - begin > ENOUGH_S:
             break
-        sample_all()
+        sample_all(done)
     return {key: Timing.of(samples[key], replays[key].calls) for key in replays}
 
 
