@@ -9,6 +9,7 @@ once. Kernels without a gate are left to Inductor's own choice.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -50,17 +51,42 @@ def _keep_row(features: Any) -> bool:
 
 def _row_with_gate_fits(features: Any) -> bool:
     from torch._inductor import config
-    from torch._inductor.runtime.hints import ReductionHint
 
     # A reduction order that the user asked for (PyTorch 2.15 and later) bounds the block.
     strict = getattr(features, "strict_reduction_rblock", lambda: None)()
     return (
         strict is None
         and config.triton.persistent_reductions
-        and features.get_reduction_hint() == ReductionHint.INNER
         and V.graph.sizevars.statically_known_leq(features.reduction_numel, WIDEST)
         and any(_is_gate(n) for n in features.scheduler_nodes())
+        and _runs_along_rows(features)
     )
+
+
+def _runs_along_rows(features: Any) -> bool:
+    """Whether neighbouring elements of a row are neighbours in memory, for whatever is read or
+    written once for each of them.
+
+    Inductor's hint for the whole kernel says no as well where something is read once for each row
+    with a stride, such as the weights of the routed experts.
+    """
+    from torch._inductor.dependencies import MemoryDep
+    from torch._inductor.runtime.hints import ReductionHint
+
+    rows, elements = features.numel, features.numel * features.reduction_numel
+    for node in features.scheduler_nodes():
+        if node.is_reduction():
+            if features.reduction_hint(node) != ReductionHint.INNER:
+                return False
+        elif node.group[1][0] == elements:
+            for access in (*node.read_writes.reads, *node.read_writes.writes):
+                if isinstance(access, MemoryDep) and not (
+                    access.is_contiguous()
+                    or access.stride1_for_last_dim()
+                    or V.graph.sizevars.statically_known_leq(math.prod(access.size), rows)
+                ):
+                    return False
+    return True
 
 
 def _is_gate(scheduler_node: Any) -> bool:

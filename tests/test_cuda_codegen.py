@@ -114,6 +114,36 @@ def test_rows_with_a_gate_stay_in_registers() -> None:
     assert any(k.startswith("triton_red_") for k in kernels[0])
 
 
+def block_end(x: Tensor, w: Tensor, v: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """The end of a sparse MoE block: `k` experts' rows of each token, weighted and summed."""
+    return (experts * weights.unsqueeze(-1)).sum(1) + torch.sigmoid(F.linear(x, w)) * v
+
+
+def block_end_shapes(h: int, k: int, rows: int = 777) -> list[tuple[int, ...]]:
+    return [(rows, h), (1, h), (rows, h), (rows, k, h), (rows, k)]
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["static", "dynamic-rows"])
+@pytest.mark.parametrize("k", [2, 6])
+def test_rows_with_a_gate_and_the_experts_sum_stay_in_registers(
+    k: int, rows: bool, tmp_path: Path
+) -> None:
+    """The experts' weights, read once for each row, have a stride. (From 8 experts on Inductor sums
+    in a kernel of its own.)"""
+    code, _ = generate(block_end, block_end_shapes(4096, k), rows=rows)
+    (kernel,) = code.launches
+    assert kernel.startswith("triton_per_")
+    assert local_memory(code, kernel, tmp_path) == 0
+
+
+def test_rows_with_strided_elements_are_left_to_inductor() -> None:
+    def strided(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(F.linear(x, w)) * v.view(x.shape[0], -1, 2).select(2, 0).sin()
+
+    code, _ = generate(strided, [(777, 2048), (1, 2048), (777, 4096)], placement="inline")
+    assert any(kernel.startswith("triton_red_") for kernel in code.kernels)
+
+
 @pytest.mark.parametrize("h", [2048, 4096, 8192])
 def test_rows_in_registers_fit(h: int, tmp_path: Path) -> None:
     code, _ = generate(glue, glue_shapes(h))
