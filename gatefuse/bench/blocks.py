@@ -4,9 +4,10 @@ The sparse MoE block and one decoder layer with full attention of Qwen3-Next-80B
 Qwen1.5-MoE-A2.7B, at their real widths, in bfloat16, with hardly more experts than a token is
 routed to. Up to 256 tokens are a batch of single tokens (decode), more are one sequence (prefill).
 
-Both arms of a cell are compiled, compared with eager, profiled (kernels launched per call, the sum
-of their durations), and timed interleaved through CUDA graphs; where a module cannot be captured,
-its time is the profiler's sum, and ``timed_by`` says so.
+Both arms of a cell are compiled several times, for Inductor's own choices turn out differently from
+compile to compile. Each compile is compared with eager, profiled (kernels launched per call, the
+sum of their durations), and all are timed interleaved through CUDA graphs; where a module cannot be
+captured, its time is the profiler's sum, and ``timed_by`` says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import importlib.util
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import gatefuse
+from gatefuse.bench import grid
 from gatefuse.bench.core import (
     columns,
     inductor_options,
@@ -63,6 +65,9 @@ SMALL = {
     "head_dim": 16,
 }
 """Sizes for a try without a GPU."""
+
+Draw = tuple[str, int]
+"""An arm and the number of its compile."""
 
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
@@ -120,12 +125,12 @@ CALL: dict[str, Call] = {"block": call_block, "layer": call_layer}
 
 
 def compile_arm(
-    arm: str, cell: BlockCell, module: nn.Module, inputs: tuple[Tensor, ...]
+    arm: str, draw: int, cell: BlockCell, module: nn.Module, inputs: tuple[Tensor, ...]
 ) -> tuple[Call, Tensor, Row]:
     """The compiled function, its result, and what is known of the compile."""
     options = inductor_options(arm, cell.mode)
     function = torch.compile(
-        with_own_code(CALL[cell.part], f"call_{cell.part}"),
+        with_own_code(CALL[cell.part], f"call_{cell.part}_{draw}"),
         fullgraph=True,
         dynamic=False,
         options=options,
@@ -166,8 +171,8 @@ def profiled(call: Callable[[], Any], device: str) -> tuple[int, float]:
 
 
 def time_calls(
-    calls: dict[str, Callable[[], Tensor]], device: str, rounds: int
-) -> tuple[dict[str, Timing], Row]:
+    calls: dict[Draw, Callable[[], Tensor]], device: str, rounds: int
+) -> tuple[dict[Draw, Timing], Row]:
     """Device time of each call, and how it was measured: ``timed_by`` is ``"graph"``, or
     ``"profiler"`` if one of them cannot be captured in a CUDA graph, with the reason in
     ``not_captured`` (on the CPU ``"graph"`` is a loop)."""
@@ -181,7 +186,7 @@ def time_calls(
         if device == "cuda":  # the failed capture leaves the generator in the middle of it
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
-        samples: dict[str, list[float]] = {arm: [] for arm in calls}
+        samples: dict[Draw, list[float]] = {arm: [] for arm in calls}
         for _ in range(rounds):
             for arm, call in calls.items():
                 samples[arm].append(profiled(call, device)[1])
@@ -194,7 +199,7 @@ def rms(t: Tensor) -> float:
     return float(t.float().square().mean().sqrt())
 
 
-def key_columns(cell: BlockCell, arm: str) -> Row:
+def key_columns(cell: BlockCell, arm: str, draw: int = 0) -> Row:
     """The columns that tell what a row is of."""
     return {
         "model": cell.model,
@@ -202,6 +207,7 @@ def key_columns(cell: BlockCell, arm: str) -> Row:
         "tokens": cell.tokens,
         "arm": arm,
         "mode": cell.mode,
+        "draw": draw,
     }
 
 
@@ -210,8 +216,18 @@ def failed_rows(cell: BlockCell, error: str) -> list[Row]:
     return [{**key_columns(cell, arm), "error": error} for arm in ARMS]
 
 
+def draws(cell: BlockCell, setting: Setting) -> Iterator[Draw]:
+    """What is compiled, in order, each under caches of its own, but for tuned matrix products,
+    which take long: the two arms of a draw share them."""
+    for draw in range(1 if setting.small else grid.BLOCK_DRAWS[cell.mode]):
+        with fresh_cache():
+            for arm in ARMS[::-1] if draw % 2 else ARMS:
+                with fresh_cache() if cell.mode == "default" else contextlib.nullcontext():
+                    yield arm, draw
+
+
 def run_cell(setting: Setting, cell: BlockCell, lock: DeviceLock) -> list[Row]:
-    """Compile, check, profile and time both arms; their result rows, µs per call."""
+    """Compile, check, profile and time both arms; a result row for each compile, µs per call."""
     torch.manual_seed(setting.seed + zlib.crc32(repr(cell).encode()))
     torch._dynamo.reset()
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools")
@@ -219,18 +235,16 @@ def run_cell(setting: Setting, cell: BlockCell, lock: DeviceLock) -> list[Row]:
     torch._inductor.config.fx_graph_cache = False
     torch._functorch.config.enable_autograd_cache = False
     device = setting.device
-    rows = {arm: key_columns(cell, arm) for arm in ARMS}
-    calls: dict[str, Callable[[], Tensor]] = {}
+    rows: dict[Draw, Row] = {}
+    calls: dict[Draw, Callable[[], Tensor]] = {}
     inductor_error = 0.0
-    with torch.no_grad(), fresh_cache():
+    with torch.no_grad():
         module, inputs = make_module(cell, setting)
         eager = CALL[cell.part](module, *inputs).float()
-        for arm, row in rows.items():
+        for arm, draw in draws(cell, setting):
+            row = rows[arm, draw] = key_columns(cell, arm, draw)
             try:
-                # Tuned kernels are shared, which takes half the time; else nothing is.
-                own = fresh_cache() if cell.mode == "default" else contextlib.nullcontext()
-                with own:
-                    function, result, facts = compile_arm(arm, cell, module, inputs)
+                function, result, facts = compile_arm(arm, draw, cell, module, inputs)
                 # Both round otherwise than eager does; gatefuse may not be further off.
                 error = rms(result.float() - eager)
                 inductor_error = inductor_error or error
@@ -242,15 +256,15 @@ def run_cell(setting: Setting, cell: BlockCell, lock: DeviceLock) -> list[Row]:
                     profiled(call, device)  # the profiler's own start
                     kernels, microseconds = profiled(call, device)
                 row |= {**facts, "kernels": kernels, "profiler_us": round(microseconds, 3)}
-                calls[arm] = call
+                calls[arm, draw] = call
             except Exception as error:
                 reraise_if_broken(device, error)
                 row["error"] = f"{error!r}"[:500]
         # What is timed is what was checked; to compile during a capture would break both.
         with lock, torch.compiler.set_stance("fail_on_recompile"):
             timings, how = time_calls(calls, device, setting.rounds)
-    for arm, timing in timings.items():
-        rows[arm] |= {**how, **columns(timing)}
+    for key, timing in timings.items():
+        rows[key] |= {**how, **columns(timing)}
     release_memory(device)
     return list(rows.values())
 

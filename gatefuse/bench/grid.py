@@ -224,6 +224,11 @@ class BlockCell:
 BLOCK_MODELS = ("qwen3_next", "qwen2_moe")
 BLOCK_PARTS = ("block", "layer")
 BLOCK_MODES = MODES[:2]
+BLOCK_DRAWS = {"default": 3, "max-autotune": 2}
+"""Compiles of each arm of a module, by mode. Inductor measures which launch is best for each kernel
+that it generates, the gate's or not, and does not always find the same one; of an arm's compiles
+the fastest counts."""
+
 BLOCK_ROWS = (16, 4096, 1, 1024, 256, 32768)
 BLOCK_TUNED_ROWS = (16, 4096)
 """Tokens in max-autotune, where tuning the matrix products takes minutes."""

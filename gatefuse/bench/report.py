@@ -220,20 +220,23 @@ class Tables:
                 if inductor is None or fused is None:
                     continue
                 columns = [str(key.tokens)]
-                for spread in (False, True):
-                    for row in (inductor, fused):
-                        text = number(row.get("median_us" if spread else "kernels"))
-                        if spread and text:
-                            text += f" ({number(row['p10_us'])}..{number(row['p90_us'])})"
-                        columns.append("failed" if "error" in row else text)
+                for row in (inductor, fused):
+                    columns.append("failed" if "error" in row else number(row.get("kernels")))
+                for row in (inductor, fused):
+                    text = number(row.get("median_us"))
+                    if text:
+                        text += f" ({number(row['p10_us'])}..{number(row['p90_us'])})"
+                    columns.append(text)
                 if "error" not in inductor and "error" not in fused:
                     ratio = fused["median_us"] / inductor["median_us"]
                     columns.append(f"{ratio:.3f}{self.mark(key, ('gatefuse-auto', mode))}")
+                    columns += [number(row.get("slowest_us")) for row in (inductor, fused)]
                     columns += [f"{row['compile_s']:.1f}" for row in (inductor, fused)]
                     columns.append(number(fused["pass_ms"]))
                 body.append((f"{key.model} {key.part}", columns))
             if body:
                 heads = ["N", "kernels: Inductor", "gatefuse", "µs: Inductor", "gatefuse", "ratio"]
+                heads += ["slowest compile, µs: Inductor", "gatefuse"]
                 heads += ["compile, s: Inductor", "gatefuse", "pass, ms"]
                 width = len(heads)
                 padded = [(label, cells + [""] * (width - len(cells))) for label, cells in body]

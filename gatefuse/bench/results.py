@@ -188,9 +188,12 @@ def collect(files: Iterable[dict[str, Any]]) -> Results:
             results.engines.append(content)
         elif kind == "blocks":
             # Modes are cells of their own here: each holds both of its arms.
+            compiles: dict[tuple[BlockKey, ArmKey], list[Row]] = {}
             for row in content["rows"]:
-                key = BlockKey(row["model"], row["part"], row["tokens"])
-                results.blocks.setdefault(key, {})[row["arm"], row["mode"]] = row
+                block = BlockKey(row["model"], row["part"], row["tokens"])
+                compiles.setdefault((block, (row["arm"], row["mode"])), []).append(row)
+            for (block, arm), rows in compiles.items():
+                results.blocks.setdefault(block, {})[arm] = _fastest(rows)
     return results
 
 
@@ -209,6 +212,17 @@ def _expected(draws: list[Row]) -> Row:
             expected[f"{inputs}median_us"] = sum(times) / len(times)
             expected[f"{inputs}p10_us"], expected[f"{inputs}p90_us"] = min(times), max(times)
     return expected
+
+
+def _fastest(compiles: list[Row]) -> Row:
+    """Of several compiles of an arm: the fastest, and the median of the slowest as ``slowest_us``.
+    A compile that failed stands for all."""
+    for row in compiles:
+        if "median_us" not in row:
+            return row
+    fastest = min(compiles, key=lambda row: row["median_us"])
+    slowest = max(compiles, key=lambda row: row["median_us"])
+    return {**fastest, "slowest_us": slowest["median_us"]}
 
 
 def load(paths: Iterable[Path]) -> Results:

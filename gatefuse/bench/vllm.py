@@ -10,7 +10,7 @@ tokenizer. Each arm is an engine in a process of its own. ``--together`` engines
 time and take turns, so that what drifts hits them alike; each runs while the others wait. The
 speed of an engine also differs from start to start: with ``--starts`` they are all started so many
 times, and profiled the first time. With ``--gpus 2`` two engines that are up together have a GPU
-each, so that more layers fit, and change places at each start. Arms:
+each, so that more layers fit, and work at the same time; they change places at each start. Arms:
 
 - ``vllm``: vLLM as it is (GATEFUSE_DISABLE=1).
 - ``plugin``: gatefuse's plugin.
@@ -135,7 +135,7 @@ TINY: dict[str, Any] = dict(
     linear_num_key_heads=2,
     linear_num_value_heads=4,
 )
-KV_GIB = {"qwen2_moe": 20, "qwen3_next": 12}
+KV_GIB = {"qwen2_moe": 20, "qwen3_next": 10}
 
 WORKLOADS = (
     Workload("decode-16", 16, 32, 128),
@@ -149,6 +149,8 @@ TINY_WORKLOADS = (Workload("decode-2", 2, 4, 24), Workload("prefill", 2, 48, 2))
 MIN_ROUNDS = 5
 PROFILE_S = 30.0  # kept free for the profiles of a group
 GRACE_S = 20.0  # how long after the deadline an engine is waited for
+
+FAILED = object()  # in place of an answer
 
 
 def engine_arguments(model: str, folder: Path, tiny: bool) -> dict[str, Any]:
@@ -221,9 +223,12 @@ class Remote:
         """gatefuse's lines in the engine's log, without prefixes."""
         return re.findall(r"gatefuse: .*", self.log.read_text())
 
-    def ask(self, method: str, workload: Workload) -> Any:
-        self._connection.send((method, workload))
-        return self.answer()
+    def ask(self, method: str, workload: Workload) -> None:
+        """What is asked is told by :meth:`answer`."""
+        try:
+            self._connection.send((method, workload))
+        except ConnectionError:
+            raise EngineError(f"{self.arm}: the process died; see its log") from None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -265,20 +270,24 @@ def write_entry_points(site: Path) -> None:
 
 
 class Group:
-    """Engines that are up at the same time and take turns; one that fails is left out from then on.
+    """Engines that are up at the same time and take turns, or with ``at_once`` work at the same
+    time; one that fails is left out from then on.
 
     Their results go to ``content``.
     """
 
-    def __init__(self, engines: Sequence[Remote], content: dict[str, Any]) -> None:
+    def __init__(
+        self, engines: Sequence[Remote], content: dict[str, Any], *, at_once: bool = False
+    ) -> None:
         self.engines = list(engines)
         self.content = content
+        self.at_once = at_once
         self.rows: dict[tuple[str, Workload], dict[str, Any]] = {}
 
     def wait(self, workloads: Sequence[Workload], start_number: int) -> None:
         """Until all have started; ``start_number`` counts the starts of each."""
         for engine in list(self.engines):
-            if (start := self._try(engine, engine.answer)) is None:
+            if (start := self._try(engine, engine.answer)) is FAILED:
                 continue
             self.content["engines"][engine.arm] = start | {"lines": engine.lines()}
             print(f"{engine.arm}: {json.dumps(self.content['engines'][engine.arm])}", flush=True)
@@ -311,10 +320,17 @@ class Group:
     def _ask(self, method: str, first: int = 0) -> Iterator[tuple[tuple[str, Workload], Any]]:
         """Ask every engine about each workload, beginning with another one each time."""
         for workload in dict.fromkeys(workload for _, workload in self.rows):
-            for engine in self.engines[first:] + self.engines[:first]:
-                answer = self._try(engine, functools.partial(engine.ask, method, workload))
-                if answer is not None:
-                    yield (engine.arm, workload), answer
+            engines = self.engines[first:] + self.engines[:first]
+            for turn in [engines] if self.at_once else [[engine] for engine in engines]:
+                asked = [
+                    engine
+                    for engine in turn
+                    if self._try(engine, functools.partial(engine.ask, method, workload))
+                    is not FAILED
+                ]
+                for engine in asked:
+                    if (answer := self._try(engine, engine.answer)) is not FAILED:
+                        yield (engine.arm, workload), answer
 
     def _try(self, engine: Remote, call: Callable[[], Any]) -> Any:
         try:
@@ -324,7 +340,7 @@ class Group:
             print(error, file=sys.stderr, flush=True)
             self.engines.remove(engine)
             engine.close()
-            return None
+            return FAILED
 
     def close(self) -> None:
         for engine in self.engines:
@@ -428,7 +444,7 @@ def main(argv: list[str] | None = None) -> int:
                 break
             share = group_begin + (deadline - group_begin) / (len(groups) - i)
             engines = [start(arm, number, index) for index, arm in enumerate(names)]
-            group = Group(engines, content)
+            group = Group(engines, content, at_once=arguments.gpus > 1)
             try:
                 group.wait(workloads, number)
                 group.measure(arguments.rounds, share, deadline)
