@@ -17,11 +17,14 @@ from harness import run_python
 
 from gatefuse import cli
 from gatefuse.bench import documents, grid, marks, report, results, vllm_tables
+from gatefuse.bench import vllm as vllm_benchmark
 from gatefuse.bench.chains import CHAINS, Glue, call, make_set
 from gatefuse.bench.core import Reference
 from gatefuse.bench.grid import BlockKey, Key
 from gatefuse.bench.results import GATEFUSE, INDUCTOR, collect
+from gatefuse.bench.sweep import Setting
 from gatefuse.bench.timing import COLD_FACTOR, Replay, Timing, cache_bytes, interleaved, plan
+from gatefuse.bench.vllm_engine import Workload
 from gatefuse.bench.workers import DeviceLock, spread
 
 MODES = grid.MODES
@@ -354,6 +357,32 @@ def test_of_several_draws_the_mean_counts_unless_one_failed() -> None:
     assert collect(contents).time(key, arm) is None
 
 
+def test_of_several_compiles_of_a_module_the_fastest_counts_unless_one_failed() -> None:
+    contents = files()
+    where = {"model": "qwen2_moe", "part": "block", "tokens": 16, "arm": "inductor"}
+    (blocks,) = [content for content in contents if content["kind"] == "blocks"]
+    (first,) = [
+        row for row in blocks["rows"] if row.items() >= {**where, "mode": "default"}.items()
+    ]
+    slow, fast = {**first, "draw": 1, "median_us": 130.0}, {**first, "draw": 2, "median_us": 95.0}
+    blocks["rows"] += [slow, fast]
+    key, arm = BlockKey("qwen2_moe", "block", 16), ("inductor", "default")
+    assert collect(contents).blocks[key][arm] == {**fast, "slowest_us": 130.0}
+    del slow["median_us"]
+    slow["error"] = "x"
+    assert collect(contents).blocks[key][arm]["error"] == "x"
+
+
+def test_arms_of_a_module_are_compiled_in_turns() -> None:
+    pytest.importorskip("transformers")
+    from gatefuse.bench.blocks import draws
+
+    cell = grid.BlockCell("qwen2_moe", "block", 16, "default")
+    order = [(arm.partition("-")[0], draw) for arm, draw in draws(cell, Setting("cpu", 1))]
+    assert order[:4] == [("inductor", 0), ("gatefuse", 0), ("gatefuse", 1), ("inductor", 1)]
+    assert order[4:] == [("inductor", 2), ("gatefuse", 2)]
+
+
 def cells_of_line(text: str, label: str) -> list[str]:
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
     return [cell.strip() for cell in line.split("|")[2:-1]]
@@ -596,6 +625,55 @@ def engine_file() -> dict[str, Any]:
         "errors": ["plugin-no-overlap: the process died"],
         "rows": rows,
     }
+
+
+class FakeEngine:
+    """An engine that answers at once, and notes what it is asked in a log of all."""
+
+    def __init__(self, arm: str, log: list[str], fails: bool = False) -> None:
+        self.arm, self.log, self.fails = arm, log, fails
+
+    def ask(self, method: str, workload: Workload) -> None:
+        self.log.append(f"{self.arm} begins {workload.name}")
+
+    def answer(self) -> Any:
+        self.log.append(f"{self.arm} ends")
+        if self.fails:
+            raise vllm_benchmark.EngineError(f"{self.arm}: no answer")
+        return {}
+
+    def lines(self) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        self.log.append(f"{self.arm} is closed")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_engines_take_turns_or_work_at_once(at_once: bool) -> None:
+    log: list[str] = []
+    content: dict[str, Any] = {"engines": {}, "errors": [], "rows": []}
+    engines = [FakeEngine(arm, log) for arm in ("vllm", "plugin")]
+    group = vllm_benchmark.Group(engines, content, at_once=at_once)  # type: ignore[arg-type]
+    group.wait([Workload("decode-16", 16, 32, 128)], 0)
+    log.clear()
+    group.profile()
+    first, second = "vllm begins decode-16", "plugin begins decode-16"
+    if at_once:
+        assert log == [first, second, "vllm ends", "plugin ends"]
+    else:
+        assert log == [first, "vllm ends", second, "plugin ends"]
+    assert [(row["arm"], row["profile"]) for row in content["rows"]] == [
+        ("vllm", {}),
+        ("plugin", {}),
+    ]
+
+    engines[0].fails = True
+    log.clear()
+    group.profile()
+    assert content["errors"] == ["vllm: no answer"]
+    assert "vllm is closed" in log and log[-1] == "plugin ends", "the other one goes on"
+    assert group.engines == engines[1:]
 
 
 def test_tables_of_vllm() -> None:
