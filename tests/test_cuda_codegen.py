@@ -136,6 +136,18 @@ def test_rows_with_a_gate_and_the_experts_sum_stay_in_registers(
     assert local_memory(code, kernel, tmp_path) == 0
 
 
+def test_glue_with_the_experts_sum_is_one_kernel(tmp_path: Path) -> None:
+    def layer(res: Tensor, n: Tensor, *block: Tensor) -> tuple[Tensor, Tensor]:
+        res = res + block_end(norm(res, n), *block)
+        return res, norm(res, n)
+
+    h = 4096
+    code, _ = generate(layer, [(777, h), (h,), *block_end_shapes(h, 4)[1:]])
+    (kernel,) = code.launches
+    assert kernel.startswith("triton_per_")
+    assert local_memory(code, kernel, tmp_path) == 0
+
+
 def test_rows_with_strided_elements_are_left_to_inductor() -> None:
     def strided(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
         return torch.sigmoid(F.linear(x, w)) * v.view(x.shape[0], -1, 2).select(2, 0).sin()
