@@ -6,16 +6,18 @@
 #
 #     1  core, main grid: every arm and mode, both widths
 #     2  core, the other grids: symbolic sizes, variants, widths, dtypes
-#     3  host and compile time, then transformers' modules
+#     3  host and compile time
 #     4  the kernel: its launch rule, and beside SGLang's if sglang can be found (its sources are
 #        enough)
+#     5  transformers' modules: Qwen2-MoE's
+#     6  and Qwen3-Next's
 #
 # The times that a phase prints are estimates for an H200 with 16 cores; BUDGET holds. A process that
 # is in a cell when the time is over is given 15 s.
 # Result files in OUT are written after each cell, so that a phase that is cut off leaves what it
 # measured. PYTHON and DEVICE choose the interpreter and the device; QUICK=1 runs toy sizes:
 #
-#     QUICK=1 DEVICE=cpu benchmarks/run_h200.sh OUT 1 2 3     # 4 needs TRITON_INTERPRET=1 as well
+#     QUICK=1 DEVICE=cpu benchmarks/run_h200.sh OUT 1 2 3 5 6     # 4 needs TRITON_INTERPRET=1 as well
 set -uo pipefail
 
 out="$(mkdir -p "${1:?usage: run_h200.sh OUT PHASE...}" && cd "$1" && pwd)"
@@ -48,9 +50,8 @@ for phase in "$@"; do
             measure 100 core --grid dynamic,variants,widths,dtypes
             ;;
         3)
-            echo "=== phase 3, about 500 s"
-            measure 40 host
-            measure 100 blocks
+            echo "=== phase 3, about 200 s"
+            measure 100 host
             ;;
         4)
             echo "=== phase 4, about 150 s"
@@ -58,6 +59,14 @@ for phase in "$@"; do
             if "${PYTHON:-python3}" -c 'from gatefuse.bench import peer; peer.load()' 2>/dev/null; then
                 measure 100 peer
             fi
+            ;;
+        5)
+            echo "=== phase 5, about 400 s"
+            measure 100 blocks --models qwen2_moe
+            ;;
+        6)
+            echo "=== phase 6, about 400 s"
+            measure 100 blocks --models qwen3_next
             ;;
         *)
             echo "unknown phase: $phase" >&2
