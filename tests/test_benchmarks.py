@@ -17,7 +17,6 @@ from harness import run_python
 
 from gatefuse import cli
 from gatefuse.bench import documents, grid, marks, report, results, vllm_tables
-from gatefuse.bench import vllm as vllm_benchmark
 from gatefuse.bench.chains import CHAINS, Glue, call, make_set
 from gatefuse.bench.core import Reference
 from gatefuse.bench.grid import BlockKey, Key
@@ -25,6 +24,7 @@ from gatefuse.bench.results import GATEFUSE, INDUCTOR, collect
 from gatefuse.bench.sweep import Setting
 from gatefuse.bench.timing import COLD_FACTOR, Replay, Timing, cache_bytes, interleaved, plan
 from gatefuse.bench.vllm_engine import Workload
+from gatefuse.bench.vllm_group import EngineError, Group
 from gatefuse.bench.workers import DeviceLock, spread
 
 MODES = grid.MODES
@@ -639,7 +639,7 @@ class FakeEngine:
     def answer(self) -> Any:
         self.log.append(f"{self.arm} ends")
         if self.fails:
-            raise vllm_benchmark.EngineError(f"{self.arm}: no answer")
+            raise EngineError(f"{self.arm}: no answer")
         return {}
 
     def lines(self) -> list[str]:
@@ -654,7 +654,7 @@ def test_engines_take_turns_or_work_at_once(at_once: bool) -> None:
     log: list[str] = []
     content: dict[str, Any] = {"engines": {}, "errors": [], "rows": []}
     engines = [FakeEngine(arm, log) for arm in ("vllm", "plugin")]
-    group = vllm_benchmark.Group(engines, content, at_once=at_once)  # type: ignore[arg-type]
+    group = Group(engines, content, at_once=at_once)  # type: ignore[arg-type]
     group.wait([Workload("decode-16", 16, 32, 128)], 0)
     log.clear()
     group.profile()
@@ -674,6 +674,14 @@ def test_engines_take_turns_or_work_at_once(at_once: bool) -> None:
     assert content["errors"] == ["vllm: no answer"]
     assert "vllm is closed" in log and log[-1] == "plugin ends", "the other one goes on"
     assert group.engines == engines[1:]
+
+
+def test_engines_without_time_for_a_round_are_an_error() -> None:
+    content: dict[str, Any] = {"engines": {}, "errors": [], "rows": []}
+    group = Group([FakeEngine("vllm", [])], content)  # type: ignore[list-item]
+    group.wait([Workload("decode-16", 16, 32, 128)], 0)
+    group.measure(5, time.monotonic(), time.monotonic())
+    assert content["errors"] == ["vllm: too little time for a round"]
 
 
 def test_tables_of_vllm() -> None:
