@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from gatefuse.integrations import LazyVllmPass
+from gatefuse import ops
+from gatefuse.integrations.vllm import LazyVllmPass
 from gatefuse.ops import linear_sigmoid_mul, linear_sigmoid_mul_reference
 from gatefuse.settings import Options
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from gatefuse.backend import disable, enable, explain, fusing, options
     from gatefuse.report import FusionError, Report, record
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FusionError",
@@ -51,3 +53,15 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'gatefuse' has no attribute {name!r}")
+
+
+def _register_lowerings() -> None:
+    from gatefuse import compat
+
+    if "torch._inductor.lowering" in sys.modules and compat.unsupported_reason() is None:
+        from gatefuse.inductor import lowering
+
+        lowering.register()
+
+
+ops.before_tracing = _register_lowerings

@@ -11,13 +11,13 @@ import torch
 from torch._inductor import config
 
 from gatefuse import compat, report
-from gatefuse.fusion_pass import GateFusionPass
+from gatefuse.inductor import hooks
+from gatefuse.inductor.fusion_pass import GateFusionPass
+from gatefuse.inductor.hooks import POST_HOOK, PRE_HOOK
 from gatefuse.settings import disabled_by_environment, resolve
 
 __all__ = ["disable", "enable", "explain", "fusing", "gatefuse_backend", "options"]
 
-HOOK = "post_grad_custom_post_pass"
-PRE_HOOK = "post_grad_custom_pre_pass"
 _PREFIX = "gatefuse."
 
 
@@ -49,8 +49,8 @@ def options(
     opts = resolve(gatefuse_options)
     result = {key.replace("-", "_"): value for key, value in (inductor_options or {}).items()}
     if _usable():
-        existing = result.get(HOOK, getattr(config, HOOK))
-        result[HOOK] = compat.append_pass(existing, GateFusionPass(opts))
+        existing = result.get(POST_HOOK, getattr(config, POST_HOOK))
+        result[POST_HOOK] = hooks.append_pass(existing, GateFusionPass(opts))
     return result
 
 
@@ -66,13 +66,14 @@ def enable(**gatefuse_options: Any) -> None:
     """
     opts = resolve(gatefuse_options)
     if _usable():
-        setattr(config, HOOK, compat.append_pass(getattr(config, HOOK), GateFusionPass(opts)))
+        before = getattr(config, POST_HOOK)
+        setattr(config, POST_HOOK, hooks.append_pass(before, GateFusionPass(opts)))
 
 
 def disable() -> None:
     """Undo :func:`enable`; other passes on the hooks stay."""
-    for hook in (HOOK, PRE_HOOK):
-        setattr(config, hook, compat.remove_pass(getattr(config, hook)))
+    for hook in (POST_HOOK, PRE_HOOK):
+        setattr(config, hook, hooks.remove_pass(getattr(config, hook)))
 
 
 @contextlib.contextmanager
@@ -83,17 +84,17 @@ def fusing(**gatefuse_options: Any) -> Iterator[report.Report]:
     in it have fewer than n fused sites together.
     """
     expect = resolve(gatefuse_options).expect
-    before = getattr(config, HOOK)
+    before = getattr(config, POST_HOOK)
     with report.record() as result:
         enable(**{**gatefuse_options, "expect": 0})
         try:
             yield result
         finally:
             # Put back what was there, unless the block itself changed the hook.
-            ours = [p for p in compat.passes_of(before) if isinstance(p, GateFusionPass)]
+            ours = [p for p in hooks.passes_of(before) if isinstance(p, GateFusionPass)]
             disable()
             if ours:
-                setattr(config, HOOK, compat.append_pass(getattr(config, HOOK), ours[0]))
+                setattr(config, POST_HOOK, hooks.append_pass(getattr(config, POST_HOOK), ours[0]))
     if result.fused < expect and not disabled_by_environment():
         raise report.FusionError(
             f"gatefuse: expected at least {expect} fused gates, fused {result.fused}.\n{result}"
@@ -159,7 +160,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> report.R
             f"gatefuse: model is of type {type(model).__name__}; expected a module or a function"
         )
     opts = resolve({})
-    for graph_pass in compat.passes_of(getattr(config, HOOK)):
+    for graph_pass in hooks.passes_of(getattr(config, POST_HOOK)):
         if isinstance(graph_pass, GateFusionPass):
             opts = graph_pass.options
 

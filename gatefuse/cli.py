@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gatefuse.bench import command
+from benchmarks import __main__ as command
 
 __all__ = ["main"]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -17,12 +16,10 @@ from gatefuse import settings
 
 __all__ = [
     "TESTED_TORCH",
-    "append_pass",
     "drops_rounding_casts",
     "graph_phase",
+    "hooks_take_lists",
     "inductor_options",
-    "passes_of",
-    "remove_pass",
     "unsupported_reason",
     "warn_unsupported",
 ]
@@ -64,49 +61,11 @@ def warn_unsupported(reason: str) -> None:
         warnings.warn(f"gatefuse: models compile unfused. {reason}.", stacklevel=3)
 
 
-def _hooks_take_lists() -> bool:
-    # Since 2.13 a hook of Inductor's holds one pass or a list of passes.
+def hooks_take_lists() -> bool:
+    """Whether a hook of Inductor's may hold a list of passes: since PyTorch 2.13."""
     from torch._inductor import custom_graph_pass
 
     return hasattr(custom_graph_pass, "get_custom_graph_passes")
-
-
-def passes_of(hook: Any) -> list[Callable[..., Any]]:
-    """The passes that a value of one of Inductor's hooks stands for, in order."""
-    from gatefuse.fusion_pass import PassSequence
-
-    if hook is None:
-        return []
-    if isinstance(hook, (list, tuple)):
-        return list(hook)
-    if isinstance(hook, PassSequence):
-        return list(hook.passes)
-    return [hook]
-
-
-def _hook_of(passes: list[Callable[..., Any]]) -> Any:
-    from gatefuse.fusion_pass import PassSequence
-
-    if not passes:
-        return None
-    if len(passes) == 1:
-        return passes[0]
-    return passes if _hooks_take_lists() else PassSequence(tuple(passes))
-
-
-def append_pass(hook: Any, new: Callable[..., Any]) -> Any:
-    """A value for the hook which runs its passes and then ``new``; an older gatefuse pass among
-    them is replaced, so that a graph is fused once."""
-    return _hook_of([*passes_of(remove_pass(hook)), new])
-
-
-def remove_pass(hook: Any) -> Any:
-    """A value for the hook without gatefuse's pass: the very same object if it had none."""
-    from gatefuse.fusion_pass import GateFusionPass
-
-    passes = passes_of(hook)
-    others = [p for p in passes if not isinstance(p, GateFusionPass)]
-    return hook if len(others) == len(passes) else _hook_of(others)
 
 
 def drops_rounding_casts(device_type: str) -> bool:
@@ -121,30 +80,31 @@ def inductor_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any
     return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
 
 
-def graph_phase(graph: torch.fx.Graph) -> str:
-    """``"inference"``, ``"forward"`` (of training) or ``"backward"``, by the names that AOTAutograd
-    gives to the inputs of a graph; ``"subgraph"`` where Inductor is at the body of a higher-order
-    operator, which it does before the graph that calls it."""
+def graph_phase() -> str:
+    """What Inductor's passes are working on, by AOTAutograd's account: ``"inference"``,
+    ``"forward"`` (of training) or ``"backward"``; ``"subgraph"`` for the body of a higher-order
+    operator, which Inductor visits before the graph that calls it."""
+    from torch._dynamo import compiled_autograd
+    from torch._functorch.aot_autograd import get_aot_compilation_context
+
     if _depth_of_subgraph() > 0:
         return "subgraph"
-    from torch._dynamo import compiled_autograd
-
     if compiled_autograd.in_compiled_autograd_region:
         return "backward"
-    phase = "inference"
-    for node in graph.find_nodes(op="placeholder"):
-        if node.name.startswith("tangents_"):
-            return "backward"
-        if node.name.startswith("primals_"):
-            phase = "forward"
-    return phase
+    graphs: list[str] = get_aot_compilation_context()[0]  # such as ["0_forward"]
+    phase = graphs[-1].rpartition("_")[2] if graphs else ""
+    return phase if phase in ("forward", "backward") else "inference"
 
 
 def _depth_of_subgraph() -> int:
     # Nothing in a subgraph tells that it is one: the function that runs the passes calls itself.
+    # It is found by its code, so that a new name in Inductor is an error here, not a wrong answer.
+    from torch._inductor import compile_fx
+
+    code = compile_fx._recursive_post_grad_passes.__code__
     frame: FrameType | None = sys._getframe()
     depth = -1
     while frame is not None:
-        depth += frame.f_code.co_name == "_recursive_post_grad_passes"
+        depth += frame.f_code is code
         frame = frame.f_back
     return depth

@@ -4,8 +4,7 @@ The kernel computes ``sigmoid(input @ weight.T + bias) * value + addend``, one r
 products and sums in float32, one rounding at the end. Bytes moved per row: ``H`` elements of
 input, ``D`` of value, ``D`` of addend if there is one, ``D`` of out; the weight stays in L2.
 
-Importing this module imports Triton; :mod:`gatefuse.ops` and :mod:`gatefuse.lowering` do so only
-when a kernel is about to be launched.
+Importing this module imports Triton, so others do it only when a kernel is about to be launched.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment, unreachable"
@@ -262,8 +261,8 @@ def supports_pdl(device_index: int) -> bool:
 def launch(
     input: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
     value: torch.Tensor,
+    bias: torch.Tensor | None,
     addend: torch.Tensor | None,
     out: torch.Tensor,
     logit: torch.Tensor | None = None,

@@ -1,6 +1,6 @@
 """The operator: schema, checks, fake, eager dispatch, autograd and an fp64 reference.
 
-``torch.ops.gatefuse.linear_sigmoid_mul(input, weight, bias, value, addend)`` is
+``torch.ops.gatefuse.linear_sigmoid_mul(input, weight, value, bias, addend)`` is
 ``sigmoid(input @ weight.T + bias) * value + addend`` with one logit per row. Products, sums and
 the sigmoid are computed in float32 and rounded once. On a CUDA, HIP or XPU device it is one Triton
 kernel, elsewhere plain ATen.
@@ -13,24 +13,24 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["linear_sigmoid_mul", "linear_sigmoid_mul_reference"]
+__all__ = ["Operands", "linear_sigmoid_mul", "linear_sigmoid_mul_reference", "result_dtype"]
 
 _LIBRARY = torch.library.Library("gatefuse", "DEF")
 _LIBRARY.define(
-    "linear_sigmoid_mul(Tensor input, Tensor weight, Tensor? bias, Tensor value, Tensor? addend)"
-    " -> Tensor",
+    "linear_sigmoid_mul(Tensor input, Tensor weight, Tensor value, Tensor? bias=None,"
+    " Tensor? addend=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "linear_sigmoid_mul_logit(Tensor input, Tensor weight, Tensor? bias, Tensor value,"
-    " Tensor? addend, ScalarType logit_dtype) -> (Tensor, Tensor)",
+    "linear_sigmoid_mul_logit(Tensor input, Tensor weight, Tensor value, Tensor? bias=None,"
+    " Tensor? addend=None, *, ScalarType logit_dtype) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -41,11 +41,27 @@ def _shape(t: Tensor) -> str:
     return f"[{', '.join(map(str, t.shape))}]"
 
 
-def _check_tensors(
-    input: object, weight: object, bias: object, value: object, addend: object
-) -> None:
-    named = {"input": input, "weight": weight, "bias": bias, "value": value, "addend": addend}
-    for name, t in named.items():
+class Operands(NamedTuple):
+    """What the op takes, in its order: tensors, or what stands for them in Inductor's IR."""
+
+    input: Any
+    weight: Any
+    value: Any
+    bias: Any = None
+    addend: Any = None
+
+    def present(self) -> list[Any]:
+        return [t for t in self if t is not None]
+
+    def result_dtype(self) -> torch.dtype:
+        """The promotion of the operands' dtypes."""
+        return result_dtype(
+            *(t.dtype if isinstance(t, Tensor) else t.get_dtype() for t in self.present())
+        )
+
+
+def _check_tensors(operands: Operands) -> None:
+    for name, t in operands._asdict().items():
         optional = name in ("bias", "addend")
         if not isinstance(t, Tensor) and not (optional and t is None):
             raise TypeError(
@@ -54,11 +70,9 @@ def _check_tensors(
             )
 
 
-def _check(
-    input: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, addend: Tensor | None
-) -> None:
-    named = {"input": input, "weight": weight, "bias": bias, "value": value, "addend": addend}
-    for name, t in named.items():
+def _check(operands: Operands) -> None:
+    input, weight, value, bias, addend = operands
+    for name, t in operands._asdict().items():
         if t is None:
             continue
         if t.dtype not in _FLOAT_DTYPES:
@@ -95,25 +109,15 @@ def _check(
         )
 
 
-def result_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
-    """The promotion of the operands' dtypes (None for an absent operand): the dtype of the result,
-    or, given input, weight and bias alone, that of the linear."""
-    return functools.reduce(torch.promote_types, [d for d in dtypes if d is not None])
+def result_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The promotion of the operands' dtypes: the dtype of the result, or, given input, weight and
+    bias alone, that of the linear."""
+    return functools.reduce(torch.promote_types, dtypes)
 
 
-def _dtypes(*tensors: Tensor | None) -> list[torch.dtype]:
-    return [t.dtype for t in tensors if t is not None]
-
-
-def _compute(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    value: Tensor,
-    addend: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _compute(operands: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Result and logits, both in ``dtype``, in plain ATen."""
+    input, weight, value, bias, addend = operands
     logit = torch.nn.functional.linear(
         input.to(dtype), weight.to(dtype), None if bias is None else bias.reshape(1).to(dtype)
     )
@@ -122,12 +126,10 @@ def _compute(
     return (out if addend is None else out + addend.to(dtype)), logit
 
 
-def _aten(
-    input: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, addend: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    dtypes = _dtypes(input, weight, bias, value, addend)
-    out, logit = _compute(input, weight, bias, value, addend, result_dtype(torch.float32, *dtypes))
-    return out.to(result_dtype(*dtypes)), logit
+def _aten(operands: Operands) -> tuple[Tensor, Tensor]:
+    dtype = operands.result_dtype()
+    out, logit = _compute(operands, torch.promote_types(torch.float32, dtype))
+    return out.to(dtype), logit
 
 
 def _as_rows(t: Tensor) -> Tensor:
@@ -177,26 +179,21 @@ def _settled(weight: Tensor, stream: int, capturing: bool) -> bool:
 
 
 def _triton(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    value: Tensor,
-    addend: Tensor | None,
-    logit_dtype: torch.dtype | None,
+    operands: Operands, logit_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None] | None:
     """The kernel's result (and logits ``[..., 1]``), or None where ATen has to serve."""
+    input, weight, value, bias, addend = operands
     try:
         from gatefuse import kernels
     except ImportError:  # a device without Triton
         return None
-    dtypes = _dtypes(input, weight, bias, value, addend)
-    if not kernels.KERNEL_DTYPES.issuperset(dtypes):
+    if not kernels.KERNEL_DTYPES.issuperset(t.dtype for t in operands.present()):
         return None
     if not (_row_ordered(value) and (addend is None or _row_ordered(addend))):
         return None
     rows, value_rows = _as_rows(input), _as_rows(value)
     addend_rows = None if addend is None else _as_rows(addend)
-    out = torch.empty(value.shape, dtype=result_dtype(*dtypes), device=value.device)
+    out = torch.empty(value.shape, dtype=operands.result_dtype(), device=value.device)
     logit = None
     if logit_dtype is not None:
         logit = torch.empty(*input.shape[:-1], 1, dtype=logit_dtype, device=value.device)
@@ -215,8 +212,8 @@ def _triton(
         kernels.launch(
             rows,
             weight_row,
-            bias,
             value_rows,
+            bias,
             addend_rows,
             out.view(value_rows.shape),
             None if logit is None else logit.view(-1),
@@ -226,97 +223,63 @@ def _triton(
     return out, logit
 
 
-def _impl(
-    input: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, addend: Tensor | None
-) -> Tensor:
-    _check(input, weight, bias, value, addend)
-    return _aten(input, weight, bias, value, addend)[0]
-
-
-def _impl_logit(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    value: Tensor,
-    addend: Tensor | None,
-    logit_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    _check(input, weight, bias, value, addend)
-    out, logit = _aten(input, weight, bias, value, addend)
-    return out, logit.to(logit_dtype)
-
-
-def _impl_triton(
-    input: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, addend: Tensor | None
-) -> Tensor:
-    _check(input, weight, bias, value, addend)
-    result = _triton(input, weight, bias, value, addend, None)
-    return _aten(input, weight, bias, value, addend)[0] if result is None else result[0]
-
-
-def _impl_logit_triton(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    value: Tensor,
-    addend: Tensor | None,
-    logit_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    _check(input, weight, bias, value, addend)
-    result = _triton(input, weight, bias, value, addend, logit_dtype)
+def _run(
+    operands: Operands, logit_dtype: torch.dtype | None, *, gpu: bool
+) -> tuple[Tensor, Tensor | None]:
+    _check(operands)
+    result = _triton(operands, logit_dtype) if gpu else None
     if result is None:
-        out, logit = _aten(input, weight, bias, value, addend)
-        return out, logit.to(logit_dtype)
-    assert result[1] is not None
-    return result[0], result[1]
+        out, logit = _aten(operands)
+        result = out, None if logit_dtype is None else logit.to(logit_dtype)
+    return result
 
 
-for _key in ("CompositeExplicitAutograd", "CUDA", "XPU"):  # HIP devices dispatch as CUDA
-    _on_gpu = _key != "CompositeExplicitAutograd"
-    _LIBRARY.impl("linear_sigmoid_mul", _impl_triton if _on_gpu else _impl, _key)
-    _LIBRARY.impl("linear_sigmoid_mul_logit", _impl_logit_triton if _on_gpu else _impl_logit, _key)
+def _implement(key: str, gpu: bool) -> None:
+    def linear_sigmoid_mul(*args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
+        return _run(Operands(*args, **kwargs), None, gpu=gpu)[0]
+
+    def linear_sigmoid_mul_logit(
+        *args: Tensor | None, logit_dtype: torch.dtype, **kwargs: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return _run(Operands(*args, **kwargs), logit_dtype, gpu=gpu)
+
+    for function in (linear_sigmoid_mul, linear_sigmoid_mul_logit):
+        _LIBRARY.impl(function.__name__, function, key)
 
 
-def _prepare_inductor() -> None:
-    # A graph that is traced for Inductor needs the op's lowering, whoever put the op there; without
-    # it the op would be an opaque call.
-    if "torch._inductor.lowering" in sys.modules:
-        from gatefuse import compat
+_implement("CompositeExplicitAutograd", gpu=False)
+for _key in ("CUDA", "XPU"):  # HIP devices dispatch as CUDA
+    _implement(_key, gpu=True)
 
-        if compat.unsupported_reason() is None:
-            from gatefuse import lowering
-
-            lowering.register()
+before_tracing: Callable[[], None] = lambda: None  # noqa: E731
+"""Called when the op is traced: in a graph for Inductor it needs its lowering, whoever put it there,
+or it would be an opaque call. Set by the package, for lowerings are further up."""
 
 
 @torch.library.register_fake("gatefuse::linear_sigmoid_mul", lib=_LIBRARY)
-def _fake(
-    input: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, addend: Tensor | None
-) -> Tensor:
-    _check(input, weight, bias, value, addend)
-    _prepare_inductor()
+def _fake(*args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
+    operands = Operands(*args, **kwargs)
+    _check(operands)
+    before_tracing()
     # Dtype and strides are those of the unfused product and sum.
-    dtype = result_dtype(*_dtypes(input, weight, bias))
-    gate = torch.empty([*value.shape[:-1], 1], dtype=dtype, device=value.device)
+    linear = operands._replace(value=None, addend=None)
+    value = operands.value
+    gate = torch.empty([*value.shape[:-1], 1], dtype=linear.result_dtype(), device=value.device)
     out = gate * value
-    return out if addend is None else out + addend
+    return out if operands.addend is None else out + operands.addend
 
 
 @torch.library.register_fake("gatefuse::linear_sigmoid_mul_logit", lib=_LIBRARY)
 def _fake_logit(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    value: Tensor,
-    addend: Tensor | None,
-    logit_dtype: torch.dtype,
+    *args: Tensor | None, logit_dtype: torch.dtype, **kwargs: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    out = _fake(input, weight, bias, value, addend)
+    out = _fake(*args, **kwargs)
+    input = Operands(*args, **kwargs).input
     return out, torch.empty([*input.shape[:-1], 1], dtype=logit_dtype, device=input.device)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    input, weight, bias, value, addend = inputs
+    input, weight, value, bias, addend = Operands(*inputs)
     ctx.save_for_backward(input, weight, bias, value)
     ctx.addend_dtype = None if addend is None else addend.dtype
 
@@ -324,11 +287,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     # With s = sigmoid(z): d out / d value = s, d out / d z = value * s * (1 - s).
     input, weight, bias, value = ctx.saved_tensors
-    dtype = result_dtype(torch.float32, *_dtypes(input, weight, value, grad))
+    dtype = result_dtype(torch.float32, *(t.dtype for t in (input, weight, value, grad)))
     g, v, x, w = (t.to(dtype) for t in (grad, value, input, weight))
     z = torch.nn.functional.linear(x, w, None if bias is None else bias.reshape(1).to(dtype))
     s = torch.sigmoid(z)
-    need_input, need_weight, need_bias, need_value, need_addend = ctx.needs_input_grad
+    need_input, need_weight, need_value, need_bias, need_addend = Operands(*ctx.needs_input_grad)
     grad_input = grad_weight = grad_bias = grad_value = None
     if need_value:
         grad_value = (s.reshape(*value.shape[:-1], 1) * g).to(value.dtype)
@@ -341,7 +304,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
         if need_bias:
             grad_bias = grad_z.sum().reshape(bias.shape).to(bias.dtype)
     grad_addend = grad.to(ctx.addend_dtype) if need_addend else None
-    return grad_input, grad_weight, grad_bias, grad_value, grad_addend
+    return grad_input, grad_weight, grad_value, grad_bias, grad_addend
 
 
 torch.library.register_autograd(
@@ -366,16 +329,17 @@ def linear_sigmoid_mul(
 
     Raises ValueError on a wrong shape or device, TypeError on a wrong dtype or no tensor.
     """
-    _check_tensors(input, weight, bias, value, addend)
+    operands = Operands(input, weight, value, bias, addend)
+    _check_tensors(operands)
     if value.shape[:-1] != input.shape[:-1]:
         raise ValueError(
             f"gatefuse: value has shape {_shape(value)}; expected the leading dimensions of input "
             f"{_shape(input)}"
         )
     if _transformed():
-        _check(input, weight, bias, value, addend)
-        return _aten(input, weight, bias, value, addend)[0]
-    return torch.ops.gatefuse.linear_sigmoid_mul.default(input, weight, bias, value, addend)
+        _check(operands)
+        return _aten(operands)[0]
+    return torch.ops.gatefuse.linear_sigmoid_mul.default(*operands)
 
 
 def _transformed() -> bool:
@@ -394,6 +358,7 @@ def linear_sigmoid_mul_reference(
     addend: Tensor | None = None,
 ) -> Tensor:
     """The same in float64 without any rounding in between: what a test compares with."""
-    _check_tensors(input, weight, bias, value, addend)
-    _check(input, weight, bias, value, addend)
-    return _compute(input, weight, bias, value, addend, torch.float64)[0]
+    operands = Operands(input, weight, value, bias, addend)
+    _check_tensors(operands)
+    _check(operands)
+    return _compute(operands, torch.float64)[0]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,8 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch._dynamo.exc import ShortenTraceback
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
 
 from gatefuse import compat, settings
 
@@ -29,6 +32,8 @@ __all__ = [
     "SiteReport",
     "record",
 ]
+
+log = logging.getLogger("gatefuse")
 
 COUNTERS = {
     "fused": "gatefuse_fused",
@@ -298,3 +303,32 @@ def record() -> Iterator[Report]:
         with _lock:
             _open.remove(recorder)
             recorder.absorb_cached()
+
+
+def graphs_wanted() -> bool:
+    """Whether somebody looks at torch's graph logging: a debug log, or depyf (in vLLM as well),
+    which puts code of its own into torch's function."""
+    from torch._dynamo import utils
+
+    code = getattr(utils.lazy_format_graph_code, "__code__", None)
+    of_torch = code is not None and code.co_filename.startswith(os.path.dirname(torch.__file__))
+    return log.isEnabledFor(logging.DEBUG) or not of_torch
+
+
+def readable(graph: Graph, name: str) -> str | None:
+    """Code of the graph, or None where it cannot be shown; passed to torch's graph logging."""
+    from torch._dynamo import utils
+
+    owner = graph.owning_module
+    try:
+        module = GraphModule(torch.nn.Module() if owner is None else owner, graph)
+        log.debug("%s", utils.lazy_format_graph_code(name.replace(" ", "_"), module))
+        text = module.print_readable(
+            print_output=False, include_stride=True, include_device=True, expanded_def=True
+        )
+    except Exception:
+        log.warning("gatefuse: the graph cannot be shown", exc_info=True)
+        return None
+    finally:
+        graph.owning_module = owner  # making the module has changed it
+    return f"# {name}\n{text}"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 # Before torch is imported. A warm cache skips the pass, so only test_cache.py turns caches on, in
 # processes of its own. Two threads compile, one computes: the suite is made for two cores.
@@ -15,8 +13,6 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith("GATEFUSE_")]:
     del os.environ[name]
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch

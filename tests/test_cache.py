@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import run_python
+
+from tests.support.harness import run_python
 
 CODE = """
 import json, sys
 import torch
 from torch._dynamo.utils import counters
 import gatefuse
-from forms import Form, linear_bias
+from tests.support.forms import Form, linear_bias
 
 arguments = json.loads(sys.argv[1])
 form = Form("", linear_bias, (arguments["rows"],), torch.bfloat16, grad=arguments["train"])

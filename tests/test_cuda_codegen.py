@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 import torch.nn.functional as F
-from cuda_codegen import Code, cuda_codegen, local_memory, on_cuda
-from forms import BF16, FORMS, FP16, Form, addend_bias, linear, make_inputs
-from harness import check_report
 from torch import Tensor
 
 import gatefuse
+from tests.support.cuda_codegen import Code, cuda_codegen, local_memory, on_cuda
+from tests.support.forms import BF16, FORMS, FP16, Form, addend_bias, linear, make_inputs
+from tests.support.harness import check_report
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from forms import (
+from torch import Tensor
+
+from tests.support.forms import (
     FORMS,
     Form,
     addend_first,
@@ -19,8 +21,7 @@ from forms import (
     rows_then_3d,
     value_transposed,
 )
-from harness import check_report, compile_and_compare, judge, pad_products, run_form
-from torch import Tensor
+from tests.support.harness import check_report, compile_and_compare, judge, pad_products, run_form
 
 #: Forms with five or six rows, of each kind of linear that Inductor pads.
 _PADDED = ("2d-bf16", "3d-fp32", "bias-fp32", "bias-bf16", "bias-3d", "padded", "padded-addmm")

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from forms import (
+from torch._inductor import pattern_matcher
+from torch.fx import Graph
+
+import gatefuse
+from gatefuse import report as report_module
+from gatefuse.inductor import cost_model, fusion_pass, match_gate, rewriter
+from gatefuse.inductor.fusion_pass import GateFusionPass
+from tests.support.forms import (
     addend_bias,
     linear,
     logit_returned,
@@ -16,13 +23,7 @@ from forms import (
     sum_of_two_gates,
     two_layers,
 )
-from harness import compile_and_compare, op_nodes, post_grad_graph
-from torch._inductor import pattern_matcher
-from torch.fx import Graph
-
-import gatefuse
-from gatefuse import fusion_pass, matcher, rewriter
-from gatefuse.fusion_pass import GateFusionPass
+from tests.support.harness import compile_and_compare, op_nodes, post_grad_graph
 
 #: Steps that fail, and forms in which they happen: only a graph that needs a logit is sorted.
 BROKEN = [
@@ -69,10 +70,10 @@ def test_a_failed_rewrite_is_undone(monkeypatch: pytest.MonkeyPatch, broken: str
 
 def test_ops_that_wait_for_each_other_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if the matcher overlooked a cycle."""
-    from test_negatives import Negative, values_from_each_others_logits
+    from tests.test_negatives import Negative, values_from_each_others_logits
 
     monkeypatch.setattr(
-        matcher, "_rewritten_inputs", lambda logit, sites, order: (order[logit], {})
+        match_gate, "_rewritten_inputs", lambda logit, sites, order: (order[logit], {})
     )
     fn = values_from_each_others_logits
     result = compile_and_compare(fn, Negative("", fn).inputs(), alone=True)
@@ -128,7 +129,7 @@ def test_a_dump_that_cannot_be_written_breaks_nothing(
 def test_no_text_is_made_of_graphs_that_nobody_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would take most of the pass's time."""
     shown = []
-    monkeypatch.setattr(fusion_pass, "readable", lambda graph, name: shown.append(name))
+    monkeypatch.setattr(report_module, "readable", lambda graph, name: shown.append(name))
     GateFusionPass()(post_grad_graph(linear, make_inputs(linear)))
     assert shown == []
     with gatefuse.record():
@@ -143,7 +144,7 @@ def test_large_results_on_the_cpu(
 ) -> None:
     """Behind a kernel of Inductor's they are left alone, unless a placement is forced; a gate on
     inputs of the graph is fused at any size."""
-    monkeypatch.setitem(fusion_pass.LARGE_RESULT, 4, 16 * 64 * 4)
+    monkeypatch.setitem(cost_model.LARGE_RESULT, 4, 16 * 64 * 4)
     options = gatefuse.Options(placement=placement)
     for fn, fused in ((linear, True), (computed_input, rows < 16 or placement == "inline")):
         graph = post_grad_graph(fn, make_inputs(fn, lead=(rows,)))

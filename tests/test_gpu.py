@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor_config
-from forms import (
+from torch import Tensor
+
+import gatefuse
+from tests.support.forms import (
     BF16,
     FORMS,
     FP16,
@@ -21,10 +24,7 @@ from forms import (
     make_inputs,
     shared_expert_rows,
 )
-from harness import BACKEND, check_report, compile_and_compare, judge, run_form
-from torch import Tensor
-
-import gatefuse
+from tests.support.harness import BACKEND, check_report, compile_and_compare, judge, run_form
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

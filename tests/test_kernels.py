@@ -39,7 +39,7 @@ def check_kernel(device, rows, h, d, dtype, extra, bias, addend, with_logit, **l
     b = torch.randn(1, device=device).to(dtype) if bias else None
     out = torch.full((rows, d), torch.nan, dtype=dtype, device=device)
     logit = torch.full((rows,), torch.nan, device=device) if with_logit else None
-    kernels.launch(x, w, b, v, a, out, logit, **launch)
+    kernels.launch(x, w, v, b, a, out, logit, **launch)
     z = torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
     ref = torch.sigmoid(z) * v.double() + (0 if a is None else a.double())
     eager = torch.sigmoid(torch.nn.functional.linear(x, w, b)) * v
@@ -76,7 +76,7 @@ def interpreted():
         plain = [check_kernel("cpu", *case) for case in CASES]
         empty = torch.empty(0, 8)
         from gatefuse import kernels
-        kernels.launch(empty, torch.ones(1, 8), None, empty, None, empty)
+        kernels.launch(empty, torch.ones(1, 8), empty, None, None, empty)
         json.dump(plain, sys.stdout)
         """
     )
@@ -139,7 +139,7 @@ def test_beyond_two_to_the_31_elements():
     x = torch.empty(rows, h, dtype=torch.bfloat16, device="cuda").normal_()
     w = torch.randn(1, h, device="cuda", dtype=torch.bfloat16) / h**0.5
     out = torch.full_like(x, torch.nan)
-    kernels.launch(x, w, None, x, None, out)
+    kernels.launch(x, w, x, None, None, out)
     for part in (slice(0, 512), slice(rows - 512, rows)):
         ref = torch.sigmoid(x[part].double() @ w.double().T) * x[part].double()
         assert (out[part].double() - ref).norm() <= 3e-3 * ref.norm()
@@ -163,7 +163,7 @@ def test_pdl_sees_what_the_kernel_before_wrote():
         source = x
         for buffer in buffers:
             kernels.launch(
-                source, w, None, source, x, buffer, pdl=pdl, weight_first=pdl, config=config
+                source, w, source, None, x, buffer, pdl=pdl, weight_first=pdl, config=config
             )
             source = buffer
         return source

@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from forms import FORMS, Form, addend_first
-from harness import op_nodes, post_grad_graph
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
 
-from gatefuse.fusion_pass import GateFusionPass
-from gatefuse.matcher import find_sites
+from gatefuse.inductor.fusion_pass import GateFusionPass
+from gatefuse.inductor.match_gate import find_sites
+from tests.support.forms import FORMS, Form, addend_first
+from tests.support.harness import op_nodes, post_grad_graph
 
 aten = torch.ops.aten
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import models
 import pytest
 import torch
-from harness import compile_and_compare, op_nodes
 from torch import Tensor, nn
+
+from tests.support import models
+from tests.support.harness import compile_and_compare, op_nodes
 
 BF16 = torch.bfloat16
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from forms import H, float_linear, linear, product_sum
-from harness import compile_and_compare, find, op_nodes, post_grad_graph
 from torch import Tensor
 
-from gatefuse.matcher import find_sites
+from gatefuse.inductor.match_gate import find_sites
+from tests.support.forms import H, float_linear, linear, product_sum
+from tests.support.harness import compile_and_compare, find, op_nodes, post_grad_graph
 
 HEADS = 4
 

@@ -79,7 +79,7 @@ def test_strides_follow_the_unfused_product(value):
     out, want = gatefuse.linear_sigmoid_mul(x, w, value), eager(x, w, value)
     assert out.stride() == want.stride()
     torch.testing.assert_close(out, want)
-    meta = OP(*(t.to("meta") for t in (x, w)), None, torch.empty_like(value, device="meta"), None)
+    meta = OP(*(t.to("meta") for t in (x, w)), torch.empty_like(value, device="meta"))
     assert meta.shape == want.shape
 
 
@@ -121,17 +121,15 @@ def test_forward_mode_and_transforms(compiled):
 def test_opcheck():
     ops = operands((2, 3), 8, 5)
     x, w, v, b, a = (t.requires_grad_() for t in ops.values())
-    torch.library.opcheck(OP, (x, w, b, v, a))
-    torch.library.opcheck(OP, (x, w, None, v.bfloat16(), None))
-    detached = [t.detach() for t in (x, w, b, v, a)]
-    torch.library.opcheck(OP_LOGIT, (*detached, torch.float32))
+    torch.library.opcheck(OP, (x, w, v, b, a))
+    torch.library.opcheck(OP, (x, w, v.bfloat16()))
+    detached = tuple(t.detach() for t in (x, w, v, b, a))
+    torch.library.opcheck(OP_LOGIT, detached, {"logit_dtype": torch.float32})
 
 
 def test_logit_is_the_rounded_linear():
     ops = operands((7,), 64, 64, torch.bfloat16)
-    out, logit = OP_LOGIT(
-        ops["input"], ops["weight"], ops["bias"], ops["value"], ops["addend"], torch.bfloat16
-    )
+    out, logit = OP_LOGIT(**ops, logit_dtype=torch.bfloat16)
     linear = torch.nn.functional.linear(
         ops["input"].double(), ops["weight"].double(), ops["bias"].double()
     )

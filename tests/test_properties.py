@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from forms import H
-from harness import judge, op_nodes
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gatefuse.fusion_pass import GateFusionPass
+from gatefuse.inductor.fusion_pass import GateFusionPass
+from tests.support.forms import H
+from tests.support.harness import judge, op_nodes
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from forms import addend_bias, linear, logit_returned, make_inputs
-from harness import op_nodes, run_python
 from torch import Tensor
 from torch.nn import functional as F
 
 import gatefuse
+from tests.support.forms import addend_bias, linear, logit_returned, make_inputs
+from tests.support.harness import op_nodes, run_python
 
 
 def two_gates(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def test_depyf_shows_the_graphs(tmp_path: Path) -> None:
     run_python(
         """
         import sys, depyf, torch, gatefuse
-        from forms import linear, make_inputs
+        from tests.support.forms import linear, make_inputs
         with depyf.prepare_debug(sys.argv[1]):
             torch.compile(linear, options=gatefuse.options())(*make_inputs(linear))
         """,

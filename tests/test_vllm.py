@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import run_python
 
 from gatefuse import FusionError, Options
-from gatefuse.integrations import vllm, vllm_count, vllm_hoist
+from gatefuse.integrations.vllm import fusion_count, moe_runner, passes
+from tests.support.harness import run_python
 
 
 class Expert:
@@ -108,7 +108,7 @@ def test_hoisted_gate_gives_the_same_result() -> None:
     expert = Expert(gate)
     runner = Runner("layer", expert)
     before = runner.forward(routed, None, x)
-    vllm_hoist._hoist(runner, expert)
+    moe_runner._hoist(runner, expert)
     assert expert.expert_gate is None
     assert torch.equal(runner.forward(routed, None, x), before)
 
@@ -124,16 +124,16 @@ def test_weight_of_a_hoisted_gate_is_kept_where_vllm_packs_it() -> None:
     expert = Expert(gate)
     runner = Runner("layer", expert)
     before = runner.forward(x, None, x)
-    vllm_hoist._hoist(runner, expert)
+    moe_runner._hoist(runner, expert)
     gate.quant_method.process_weights_after_loading(gate)
     assert gate.packed is gate.weight
     assert torch.equal(runner.forward(x, None, x), before)
 
 
 def test_known_runner() -> None:
-    assert vllm_hoist._runner_problem(Runner) is None
-    assert "_forward_entry" in str(vllm_hoist._runner_problem(OtherRunner))
-    assert "shared expert" in str(vllm_hoist._runner_problem(Expert))
+    assert moe_runner._runner_problem(Runner) is None
+    assert "_forward_entry" in str(moe_runner._runner_problem(OtherRunner))
+    assert "shared expert" in str(moe_runner._runner_problem(Expert))
 
 
 @pytest.mark.parametrize(
@@ -153,16 +153,16 @@ def test_known_runner() -> None:
 def test_layers_that_are_left(
     engine: SimpleNamespace, reason: str | None, runner: Any, expert: Any, held: bool
 ) -> None:
-    problem = vllm_hoist._layer_problem(runner, Runner, expert, held)
+    problem = moe_runner._layer_problem(runner, Runner, expert, held)
     assert problem is None if reason is None else reason in str(problem)
 
 
 def test_engines_that_are_left(engine: SimpleNamespace) -> None:
     engine.envs.VLLM_BATCH_INVARIANT = True
-    problem = vllm_hoist._layer_problem(Runner("l", None), Runner, Expert(Gate()), False)
+    problem = moe_runner._layer_problem(Runner("l", None), Runner, Expert(Gate()), False)
     assert "batch invariance" in str(problem)
     engine.lora_config = object()
-    problem = vllm_hoist._layer_problem(Runner("l", None), Runner, Expert(Gate()), False)
+    problem = moe_runner._layer_problem(Runner("l", None), Runner, Expert(Gate()), False)
     assert "LoRA" in str(problem)
 
 
@@ -178,7 +178,7 @@ def test_engines_that_are_left(engine: SimpleNamespace) -> None:
 )
 def test_engines_that_compile(mode: str, backend: str, compiles: bool) -> None:
     config = SimpleNamespace(mode=SimpleNamespace(name=mode), backend=backend)
-    assert vllm_hoist._compiles(config) is compiles
+    assert moe_runner._compiles(config) is compiles
 
 
 def test_count_of_compiled_code() -> None:
@@ -200,8 +200,8 @@ def test_count_of_compiled_code() -> None:
     def runnable() -> Any:
         return artifact
 
-    assert vllm_count.fused_in(runnable) == Counter(fused=2, inline=2, kernel=0)
-    assert vllm_count.fused_in(lambda: None)["fused"] == 0
+    assert fusion_count.fused_in(runnable) == Counter(fused=2, inline=2, kernel=0)
+    assert fusion_count.fused_in(lambda: None)["fused"] == 0
 
 
 class Worker:
@@ -214,7 +214,7 @@ class Worker:
             parallel_config=SimpleNamespace(rank=rank),
         )
         key = id(self.vllm_config.compilation_config)
-        vllm_count._counted[key] = {str(i): model for i, model in enumerate(models)}
+        fusion_count._counted[key] = {str(i): model for i, model in enumerate(models)}
 
 
 def fused(n: int, placement: str = "inline") -> Counter[str]:
@@ -227,15 +227,15 @@ def tell(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> A
 
     def tell(worker: Worker, hoisted: int, left: int = 0, expect: int = 0) -> list[str]:
         graph_pass = SimpleNamespace(hoisted=["layer"] * hoisted, options=Options(expect=expect))
-        monkeypatch.setattr(vllm, "pass_of", lambda config: graph_pass if hoisted else None)
-        monkeypatch.setattr(vllm_hoist, "left_alone", lambda config: left)
+        monkeypatch.setattr(passes, "pass_of", lambda config: graph_pass if hoisted else None)
+        monkeypatch.setattr(fusion_count, "left_alone", lambda config: left)
         caplog.clear()
         with caplog.at_level("INFO", "vllm.gatefuse"):
-            vllm_count._tell(worker)
+            fusion_count._tell(worker)
         return caplog.messages
 
     yield tell
-    vllm_count._counted.clear()
+    fusion_count._counted.clear()
 
 
 def test_line_of_an_engine(tell: Any) -> None:
@@ -275,7 +275,7 @@ def test_start_of_a_worker_is_told_once() -> None:
 
     told: list[Any] = []
     for owner in (Base, Derived):
-        vllm_count._after(owner, "start", told.append)
+        fusion_count._after(owner, "start", told.append)
     base, derived = Base(), Derived()
     assert base.start() == derived.start() == "started"
     assert told == [base, derived]
@@ -303,7 +303,7 @@ def test_count_of_a_model_that_is_compiled_as_a_whole() -> None:
     runner = SimpleNamespace(
         model=torch.nn.ModuleList([left, ahead]), drafter=SimpleNamespace(model=lazy)
     )
-    counted = vllm_count._of_whole_models(SimpleNamespace(model_runner=runner))
+    counted = fusion_count._of_whole_models(SimpleNamespace(model_runner=runner))
     assert [c["fused"] for c in counted] == [2, 3]
 
 

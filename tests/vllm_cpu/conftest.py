@@ -22,8 +22,6 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
 ALONE = {"VLLM_PLUGINS": "cuda_path"}
 NO_CACHES = {"VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 OP = "torch.ops.gatefuse.linear_sigmoid_mul.default"
@@ -85,7 +83,7 @@ Run = Callable[..., Engine]
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the models, and with a distribution whose plugin is cuda_path.py."""
-    import tiny
+    from tests.vllm_cpu import tiny
 
     place = tmp_path_factory.mktemp("vllm_cpu")
     for name in tiny.CONFIGS:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ALONE, NO_CACHES, Engine, Reference, Run
+
+from tests.vllm_cpu.conftest import ALONE, NO_CACHES, Engine, Reference, Run
 
 GATES = {"qwen2_moe": 2, "qwen3_next": 4}
 MORE_GATES = {"qwen3_moe": 2, "qwen3_5_moe": 4}

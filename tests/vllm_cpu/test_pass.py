@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import gatefuse
 from gatefuse import Options
-from gatefuse.fusion_pass import GateFusionPass
+from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.integrations import vllm as integration
 
 pytest.importorskip("vllm")

@@ -106,7 +106,7 @@ def test_benchmark(place: Path, environment: Environment, tmp_path: Path) -> Non
 
     The hand-written kernel is called once in each layer; the plugin's gate is in Inductor's code.
     """
-    command = [sys.executable, "-m", "gatefuse.bench.vllm", "--out", str(tmp_path), "--tiny"]
+    command = [sys.executable, "-m", "benchmarks.vllm.__main__", "--out", str(tmp_path), "--tiny"]
     done = subprocess.run(
         [*command, "--layers", "2", "--arms", "plugin,hand-kernel", "--rounds", "2"],
         env=environment("benchmark"),

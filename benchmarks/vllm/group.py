@@ -1,0 +1,186 @@
+"""Engines of vLLM in processes of their own, asked to do the same work: in turns or at once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.vllm.engine import Workload, serve
+
+__all__ = ["EngineError", "Group", "Remote"]
+
+MIN_ROUNDS = 5
+PROFILE_S = 30.0  # kept free for the profiles of a group
+GRACE_S = 20.0  # how long after the deadline an engine is waited for
+
+FAILED = object()  # in place of an answer
+
+
+class EngineError(Exception):
+    """An engine failed, died, or did not answer in time."""
+
+
+class Remote:
+    """An engine in another process."""
+
+    def __init__(
+        self,
+        arm: str,
+        arguments: dict[str, Any],
+        environment: dict[str, str],
+        log: Path,
+        deadline: float,
+    ) -> None:
+        self.arm, self.log, self.deadline = arm, log, deadline
+        context = multiprocessing.get_context("spawn")
+        self._connection: Connection
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(arm, arguments, log, theirs))
+        before = dict(os.environ)
+        os.environ.update(environment)  # what a spawned process starts with
+        try:
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        theirs.close()
+
+    def answer(self) -> Any:
+        if not self._connection.poll(max(0.0, self.deadline + GRACE_S - time.monotonic())):
+            raise EngineError(f"{self.arm}: no answer before the deadline")
+        try:
+            result, error = self._connection.recv()
+        except (EOFError, ConnectionError):
+            raise EngineError(f"{self.arm}: the process died; see its log") from None
+        if error is not None:
+            raise EngineError(f"{self.arm}: {error}")
+        return result
+
+    def lines(self) -> list[str]:
+        """gatefuse's lines in the engine's log, without prefixes."""
+        return re.findall(r"gatefuse: .*", self.log.read_text())
+
+    def ask(self, method: str, workload: Workload) -> None:
+        """What is asked is told by :meth:`answer`."""
+        try:
+            self._connection.send((method, workload))
+        except ConnectionError:
+            raise EngineError(f"{self.arm}: the process died; see its log") from None
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send(None)
+        self._process.join(10)
+        self._process.kill()
+        self._process.join()
+
+
+class Group:
+    """Engines that are up at the same time and take turns, or with ``at_once`` work at the same
+    time; one that fails is left out from then on.
+
+    Their results go to ``content``.
+    """
+
+    def __init__(
+        self, engines: Sequence[Remote], content: dict[str, Any], *, at_once: bool = False
+    ) -> None:
+        self.engines = list(engines)
+        self.content = content
+        self.at_once = at_once
+        self.rows: dict[tuple[str, Workload], dict[str, Any]] = {}
+
+    def wait(self, workloads: Sequence[Workload], start_number: int) -> None:
+        """Until all have started; ``start_number`` counts the starts of each."""
+        for engine in list(self.engines):
+            if (start := self._try(engine, engine.answer)) is FAILED:
+                continue
+            self.content["engines"][engine.arm] = start | {"lines": engine.lines()}
+            print(f"{engine.arm}: {json.dumps(self.content['engines'][engine.arm])}", flush=True)
+            for workload in workloads:
+                row = {"arm": engine.arm, **asdict(workload), "start": start_number, "seconds": []}
+                self.rows[engine.arm, workload] = row
+                self.content["rows"].append(row)
+
+    def measure(self, rounds: int, share: float, deadline: float) -> None:
+        """``MIN_ROUNDS`` rounds if the deadline allows it, ``rounds`` if the share lasts."""
+        longest = 0.0
+        for done in range(rounds + 1):  # the first warms up
+            begin = time.monotonic()
+            limit = deadline if done <= MIN_ROUNDS else share
+            if begin + longest > limit - PROFILE_S:
+                break
+            first = done % max(1, len(self.engines))
+            for (arm, workload), seconds in self._ask("time", first):
+                if done:
+                    self.rows[arm, workload]["seconds"].append(round(seconds, 5))
+            longest = max(longest, time.monotonic() - begin) if done else 0.0
+            print(f"round {done} ({time.monotonic() - begin:.0f} s)", flush=True)
+        if self.engines and not longest:
+            self._note(f"{', '.join(e.arm for e in self.engines)}: too little time for a round")
+        for row in self.rows.values():
+            row |= rates(row)
+
+    def profile(self) -> None:
+        for key, profile in self._ask("profile"):
+            self.rows[key]["profile"] = profile
+
+    def _ask(self, method: str, first: int = 0) -> Iterator[tuple[tuple[str, Workload], Any]]:
+        """Ask every engine about each workload, beginning with another one each time."""
+        for workload in dict.fromkeys(workload for _, workload in self.rows):
+            engines = self.engines[first:] + self.engines[:first]
+            for turn in [engines] if self.at_once else [[engine] for engine in engines]:
+                asked = [
+                    engine
+                    for engine in turn
+                    if self._try(engine, functools.partial(engine.ask, method, workload))
+                    is not FAILED
+                ]
+                for engine in asked:
+                    if (answer := self._try(engine, engine.answer)) is not FAILED:
+                        yield (engine.arm, workload), answer
+
+    def _try(self, engine: Remote, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except EngineError as error:
+            self._note(str(error))
+            self.engines.remove(engine)
+            engine.close()
+            return FAILED
+
+    def _note(self, error: str) -> None:
+        self.content["errors"].append(error)
+        print(error, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+
+
+def rates(row: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per second, new and all, at the median time; spread: (p90 - p10) / median."""
+    seconds = sorted(row["seconds"])
+    if not seconds:
+        return {"repeats": 0}
+    median = statistics.median(seconds)
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else [0.0]
+    new, all_ = row["tokens_out"], row["tokens_in"] + row["tokens_out"]
+    return {
+        "repeats": len(seconds),
+        "new_tokens_per_s": round(row["sequences"] * new / median, 1),
+        "tokens_per_s": round(row["sequences"] * all_ / median, 1),
+        "spread": round((deciles[-1] - deciles[0]) / median, 4),
+    }

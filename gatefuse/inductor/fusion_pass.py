@@ -1,0 +1,180 @@
+"""The graph pass: rewrites each gate to one node of the op, and records what it did.
+
+Matches:         mm / addmm / mv / bmm / sum(mul) -> [add bias] -> sigmoid -> mul(value) -> [add]
+Rewrites to:     gatefuse.linear_sigmoid_mul(input, weight, value, bias, addend)
+Left unchanged:  everything else; see :mod:`gatefuse.inductor.match_gate` for the reasons
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, GraphModule, Node
+
+from gatefuse import compat, report, settings
+from gatefuse.inductor.match_gate import Site, find_sites
+from gatefuse.inductor.rewriter import META_KEY, DifferentResult, Rewriter
+from gatefuse.settings import Options
+
+__all__ = ["GateFusionPass", "sources_hash"]
+
+log = logging.getLogger("gatefuse")
+_graph_numbers = itertools.count()
+
+
+@functools.cache
+def sources_hash(folder: Path) -> str:
+    """Identifies the modules of a folder of gatefuse's, for cache keys."""
+    return get_hash_for_files(tuple(map(str, sorted(folder.glob("*.py"))))).hex()
+
+
+def _id_of_sources() -> str:
+    here = Path(__file__).parent
+    return f"{sources_hash(here)} {sources_hash(here.parent)}"
+
+
+class GateFusionPass(CustomGraphPass):
+    """Inductor post-grad pass (either hook) that fuses the gates of a graph.
+
+    Picklable, holds no graph and no module; equal to another pass with the same options.
+    """
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = Options() if options is None else options
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GateFusionPass) and other.options == self.options
+
+    def __hash__(self) -> int:
+        return hash((GateFusionPass, self.options))
+
+    def __repr__(self) -> str:
+        return f"GateFusionPass({self.options})"
+
+    def uuid(self) -> str:
+        """Identifies sources and options, for Inductor's cache key."""
+        off = settings.disabled_by_environment() or compat.unsupported_reason() is not None
+        return f"gatefuse {_id_of_sources()} {self.options!r} off={off}"
+
+    def __call__(self, graph: Graph) -> None:
+        if settings.disabled_by_environment():
+            return
+        if (reason := compat.unsupported_reason()) is not None:
+            compat.warn_unsupported(reason)
+            return
+        # Not before: they import internals of Inductor that another PyTorch may not have.
+        from gatefuse.inductor import cost_model, lowering
+
+        lowering.register()
+        phase = compat.graph_phase()
+        entry = report.GraphReport(f"graph_{next(_graph_numbers)}_{phase}", phase)
+        try:
+            found, rejections = find_sites(graph)
+        except Exception as e:  # a graph nobody foresaw compiles unfused
+            log.warning("gatefuse: matching failed, the graph is left as it is", exc_info=True)
+            entry.error = f"{type(e).__name__}: {e}"
+            found, rejections = [], []
+        entry.rejections = [_rejection_report(r.node, r.reason) for r in rejections]
+        sites = []
+        for site in found:
+            reason = cost_model.reason_not_to_fuse(site, self.options)
+            if reason is None:
+                sites.append(site)
+            else:
+                entry.rejections.append(_rejection_report(site.sigmoid, reason))
+        dump = settings.dump_directory()
+        wanted = dump is not None or report.recording() or report.graphs_wanted()
+        keep_text = bool(sites) and wanted
+        if keep_text:
+            entry.before = report.readable(graph, f"gatefuse before {entry.name}")
+        self._rewrite(graph, sites, entry)
+        entry.fused = len(entry.sites)
+        if keep_text:
+            entry.after = report.readable(graph, f"gatefuse after {entry.name}")
+        report.add_graph(entry)
+        log.info(
+            "gatefuse: %s: %d fused, %d left alone",
+            entry.name,
+            entry.fused,
+            len(entry.rejections),
+        )
+        if dump is not None:
+            try:
+                report.Report([entry]).save(Path(dump) / f"{os.getpid()}.{entry.name}")
+            except OSError as e:
+                log.warning("gatefuse: GATEFUSE_DUMP: %s", e)
+        if phase in ("inference", "forward") and self.options.expect > 0:
+            fused = entry.fused + _fused_in_subgraphs(graph)
+            if fused < self.options.expect:
+                raise report.FusionError(
+                    f"gatefuse: expected at least {self.options.expect} fused gates in the graph, "
+                    f"fused {fused}.\n{report.Report([entry])}"
+                )
+
+    def _rewrite(self, graph: Graph, sites: list[Site], entry: report.GraphReport) -> None:
+        """Replace the sites and note them in ``entry``; the graph stays as it was on an error."""
+        rewriter = Rewriter(graph, self.options)
+        for site in sites:
+            key = f"{entry.name}/{site.sigmoid.name}/{os.getpid()}"
+            try:
+                try:
+                    new = rewriter.rewrite(site, key)
+                except DifferentResult:
+                    if site.addend is None:
+                        raise
+                    site = replace(site, anchor=site.mul, addend=None, value_views=())
+                    new = rewriter.rewrite(site, key)
+            except Exception as e:
+                if isinstance(e, DifferentResult):
+                    reason = str(e)
+                else:
+                    log.warning("gatefuse: a site is left as it is", exc_info=True)
+                    reason = f"could not be rewritten: {type(e).__name__}: {e}"
+                entry.rejections.append(_rejection_report(site.sigmoid, reason))
+                continue
+            entry.sites.append(_site_report(site, new, key))
+        try:
+            rewriter.finish()
+        except Exception as e:
+            log.warning("gatefuse: rewriting failed, the graph is left as it is", exc_info=True)
+            rewriter.undo()
+            entry.error = f"{type(e).__name__}: {e}"
+            entry.sites = []
+
+
+def _fused_in_subgraphs(graph: Graph) -> int:
+    """Op nodes in the bodies of the graph's higher-order operators."""
+    fused = 0
+    for name in {node.target for node in graph.find_nodes(op="get_attr")}:
+        module = getattr(graph.owning_module, name, None)
+        if isinstance(module, GraphModule):
+            nodes = module.graph.nodes
+            fused += sum(META_KEY in n.meta for n in nodes) + _fused_in_subgraphs(module.graph)
+    return fused
+
+
+def _rejection_report(sigmoid: Node, reason: str) -> report.RejectionReport:
+    return report.RejectionReport(sigmoid.name, report.location_of(sigmoid), reason)
+
+
+def _site_report(site: Site, new: Node, key: str) -> report.SiteReport:
+    x, v = site.input.meta["val"], site.value.meta["val"]
+    return report.SiteReport(
+        node=new.name,
+        location=report.location_of(site.sigmoid) or report.location_of(site.mul),
+        rows=str(math.prod(x.shape[:-1])),
+        H=str(x.shape[-1]),
+        D=str(v.shape[-1]),
+        dtype=str(site.anchor.meta["val"].dtype).removeprefix("torch."),
+        has_bias=site.bias is not None,
+        has_addend=site.addend is not None,
+        keeps_logit=site.keeps_logit,
+        key=key,
+    )

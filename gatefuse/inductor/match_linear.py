@@ -1,0 +1,214 @@
+"""Finds the linear ``H -> 1`` above a sigmoid, in each of the forms that graphs have it in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from gatefuse.inductor.fx_utils import (
+    NoMatch,
+    is_float_conversion,
+    is_neutral,
+    known,
+    numel_is_one,
+    roundings,
+    row_source,
+    same_shape,
+    source_of,
+    tensor_of,
+    weight_source,
+    wide_source,
+    widens,
+)
+
+__all__ = ["Linear", "match_logit"]
+
+aten = torch.ops.aten
+
+Shape = Sequence[int | torch.SymInt]
+
+_PACKED_LINEARS = ("mkldnn::_linear_pointwise", "mkl::_mkl_linear", "onednn::")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """product_roundings, sum_roundings: what the unfused graph rounds each product to, and their
+    sum before the bias is added."""
+
+    input: Node
+    weight: Node
+    bias: Node | None
+    product_roundings: tuple[torch.dtype, ...] = ()
+    sum_roundings: tuple[torch.dtype, ...] = ()
+
+
+def _unpadded(node: Node) -> Node:
+    """What is padded with zeros at the ends of its dimensions, or ``node``."""
+    while node.op == "call_function" and node.target is aten.constant_pad_nd.default:
+        pads: Any = node.args[1]
+        fill = node.args[2] if len(node.args) > 2 else 0
+        if fill != 0 or any(p != 0 for p in pads[::2]) or any(p < 0 for p in pads[1::2]):
+            break
+        node = source_of(node)
+    return node
+
+
+def _before_slices(node: Node) -> Node:
+    """What ``node`` is the first rows and columns of.
+
+    Inductor pads products to multiples of 8 where it finds that faster (``shape_padding``).
+    """
+    while node.op == "call_function" and node.target is aten.slice.Tensor:
+        start = node.args[2] if len(node.args) > 2 else None
+        step = node.args[4] if len(node.args) > 4 else 1
+        if start not in (0, None) or step != 1:
+            raise NoMatch("the logit is a slice")
+        node = source_of(node)
+        if len(node.users) > 1:
+            # It would be computed all the same, as in training, where it is saved.
+            raise NoMatch("the logit is a slice of a product that is needed elsewhere")
+    return node
+
+
+def _linear_of_mm(x: Node, w: Node, bias: Node | None, cut_to: Shape | None) -> Linear:
+    """cut_to: the shape to which the product, of padded operands, is sliced."""
+    if cut_to is not None:
+        x, w = _unpadded(x), _unpadded(w)
+    xv, wv = tensor_of(x, "the input of the linear"), tensor_of(w, "the weight")
+    if cut_to is not None and not (
+        same_shape(cut_to, [*xv.shape[:-1], wv.shape[-1]]) and known(xv.shape[-1] == wv.shape[-2])
+    ):
+        raise NoMatch("the logit is a slice")
+    if not known(wv.shape[-1] == 1):
+        raise NoMatch(f"the linear has {wv.shape[-1]} outputs, not 1")
+    width = xv.shape[-1]
+    return Linear(wide_source(x), weight_source(w, width), bias)
+
+
+def _match_sum(node: Node) -> Linear:
+    """``sum(input * weight)`` over the width: coordinate descent and handwritten code."""
+    product: Any = node.args[0]
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    while is_float_conversion(product) and widens(product):
+        product = source_of(product)
+    if product.op != "call_function" or product.target is not aten.mul.Tensor:
+        raise NoMatch("the logit is not linear(H -> 1)")
+    pv = tensor_of(product, "the product")
+    if not isinstance(dims, (list, tuple)) or len(dims) != 1:
+        raise NoMatch("the logit is a sum over more than one dimension")
+    dim: int = dims[0] % pv.dim()
+    if not all(known(s == 1) for s in pv.shape[dim + 1 :]):
+        raise NoMatch("the logit is a sum over a dimension that is not the last")
+    width = pv.shape[dim]
+    for x, w in (product.args, product.args[::-1]):
+        if not isinstance(x, Node) or not isinstance(w, Node):
+            raise NoMatch("the logit is not linear(H -> 1)")
+        xv, wv = tensor_of(x, "the input of the linear"), tensor_of(w, "the weight")
+        if not same_shape(xv.shape, pv.shape):
+            continue
+        w_dims = [1] * (pv.dim() - wv.dim()) + list(wv.shape)
+        if not known(w_dims[dim] == width):
+            continue
+        if not all(known(s == 1) for d, s in enumerate(w_dims) if d != dim):
+            continue
+        input = row_source(x, width)
+        if input is None:
+            raise NoMatch("the input's rows are not in its last dimension")
+        return Linear(input, weight_source(w, width), None, product_roundings=roundings([product]))
+    raise NoMatch("the logit is a sum of products, but neither factor is one row of weights")
+
+
+def _match_linear(node: Node, cut_to: Shape | None = None) -> Linear:
+    """The linear that ``node`` is, without a bias added afterwards, or NoMatch."""
+    if node.op != "call_function":
+        raise NoMatch("the logit is an input of the graph")
+    target, args = node.target, node.args
+    if target is aten.mm.default:
+        return _linear_of_mm(args[0], args[1], None, cut_to)  # type: ignore[arg-type]
+    if target is aten.addmm.default:
+        if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
+            raise NoMatch("the linear is scaled (addmm with alpha or beta)")
+        bias = args[0]
+        assert isinstance(bias, Node)
+        linear = _linear_of_mm(args[1], args[2], bias, cut_to)  # type: ignore[arg-type]
+        if not numel_is_one(tensor_of(bias, "the bias").shape):
+            raise NoMatch("the bias differs from row to row")
+        return linear
+    if cut_to is not None and target is not aten.bmm.default:
+        raise NoMatch("the logit is a slice")
+    if target is aten.mv.default:
+        x, w = args
+        assert isinstance(x, Node) and isinstance(w, Node)
+        return Linear(wide_source(x), weight_source(w, tensor_of(x, "the input").shape[-1]), None)
+    if target is aten.bmm.default:
+        x, w = args
+        assert isinstance(x, Node) and isinstance(w, Node)
+        if w.op == "call_function" and w.target is aten.expand.default:
+            w = source_of(w)  # one weight for all batches
+        weight = tensor_of(w, "the weight")
+        if weight.dim() == 3 and not known(weight.shape[0] == 1):
+            raise NoMatch("the logit is a batched product with one weight per batch")
+        return _linear_of_mm(x, w, None, cut_to)
+    if target is aten.sum.dim_IntList:
+        return _match_sum(node)
+    if any(str(target).startswith(p.replace("::", ".")) for p in _PACKED_LINEARS):
+        raise NoMatch("the linear is packed for the CPU (freezing)")
+    raise NoMatch("the logit is not linear(H -> 1)")
+
+
+def match_logit(sigmoid: Node) -> tuple[Node, list[Node], Linear]:
+    """The logit node above a sigmoid, the nodes from it to the sigmoid, and the linear it is."""
+    chain = [sigmoid]
+    node = source_of(sigmoid)
+    while is_neutral(node):
+        chain.append(node)
+        node = source_of(node)
+    chain.append(node)
+    logit, cut_to = node, None
+    if node.op == "call_function" and node.target is aten.slice.Tensor:
+        cut_to = tensor_of(node, "the logit").shape
+        node = _before_slices(node)
+    if node.op == "call_function" and node.target is aten.add.Tensor:
+        linear = _match_biased(node, cut_to)
+    elif node.op == "call_function" and node.target in (
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.sub.Tensor,
+        aten.neg.default,
+    ):
+        raise NoMatch("the logit is computed further (affine) before the sigmoid, or not linear")
+    else:
+        linear = _match_linear(node, cut_to)
+    return logit, chain[::-1], linear
+
+
+def _match_biased(add: Node, cut_to: Shape | None) -> Linear:
+    if add.kwargs.get("alpha", 1) != 1:
+        raise NoMatch("the bias is scaled")
+    if not all(isinstance(n, Node) for n in add.args):
+        raise NoMatch("a constant is added to the logit before the sigmoid")
+    problem = "something other than one bias is added to the logit"
+    for linear, bias in (add.args, add.args[::-1]):
+        assert isinstance(linear, Node) and isinstance(bias, Node)
+        if not numel_is_one(tensor_of(bias, "the bias").shape) or not same_shape(
+            tensor_of(linear, "the logit").shape, tensor_of(add, "the logit").shape
+        ):
+            continue
+        above = [linear]
+        while is_neutral(above[-1]):
+            above.append(source_of(above[-1]))
+        try:
+            found = _match_linear(above[-1], cut_to)
+        except NoMatch as e:
+            problem = str(e)
+            continue
+        if found.bias is not None:
+            raise NoMatch("two biases are added to the logit")
+        if any(len(n.users) > 1 for n in above):
+            raise NoMatch("the logit before the bias is used elsewhere")
+        return replace(found, bias=wide_source(bias), sum_roundings=roundings(above[::-1]))
+    raise NoMatch(problem)
