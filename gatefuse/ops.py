@@ -252,8 +252,8 @@ for _key in ("CUDA", "XPU"):  # HIP devices dispatch as CUDA
     _implement(_key, gpu=True)
 
 before_tracing: Callable[[], None] = lambda: None  # noqa: E731
-"""Called when the op is traced: in a graph for Inductor it needs its lowering, whoever put it there,
-or it would be an opaque call. Set by the package, for lowerings are further up."""
+"""Called when the op is traced: in a graph for Inductor it needs its lowering, whoever put it
+there, or it would be an opaque call. Set by the package, for lowerings are further up."""
 
 
 @torch.library.register_fake("gatefuse::linear_sigmoid_mul", lib=_LIBRARY)
