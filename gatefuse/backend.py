@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from gatefuse import compat, report
 from gatefuse.inductor import hooks
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.hooks import POST_HOOK, PRE_HOOK
-from gatefuse.settings import disabled_by_environment, resolve
+from gatefuse.settings import disabled_by_environment, merge, resolve
 
 __all__ = ["disable", "enable", "explain", "fusing", "gatefuse_backend", "options"]
 
@@ -46,12 +45,29 @@ def options(
             f"gatefuse: inductor_options is of type {type(inductor_options).__name__}; expected a "
             "mapping of Inductor's options, or None"
         )
-    opts = resolve(gatefuse_options)
     result = {key.replace("-", "_"): value for key, value in (inductor_options or {}).items()}
+    existing = result.get(POST_HOOK, getattr(config, POST_HOOK))
+    new = _make_pass(gatefuse_options, _given_on(existing), _given())
     if _usable():
-        existing = result.get(POST_HOOK, getattr(config, POST_HOOK))
-        result[POST_HOOK] = hooks.append_pass(existing, GateFusionPass(opts))
+        result[POST_HOOK] = hooks.append_pass(existing, new)
+        if new.options.batch_invariant and hasattr(config, "batch_invariant"):
+            result.setdefault("batch_invariant", True)
     return result
+
+
+def _make_pass(*layers: Mapping[str, Any]) -> GateFusionPass:
+    given = merge(*layers)
+    return GateFusionPass(resolve(given), given)
+
+
+def _given() -> Mapping[str, Any]:
+    """The options that the surrounding block, or the process, gives."""
+    return merge(*(_given_on(getattr(config, hook)) for hook in (POST_HOOK, PRE_HOOK)))
+
+
+def _given_on(hook: Any) -> Mapping[str, Any]:
+    found = hooks.pass_on(hook)
+    return {} if found is None else found.given
 
 
 _options = options  # a backend has a parameter of this name
@@ -64,10 +80,9 @@ def enable(**gatefuse_options: Any) -> None:
     Since PyTorch 2.13 Inductor's configuration belongs to a thread: other threads that compile call
     it too, or use the backend or :func:`options`, which go with the model.
     """
-    opts = resolve(gatefuse_options)
+    new = _make_pass(gatefuse_options)
     if _usable():
-        before = getattr(config, POST_HOOK)
-        setattr(config, POST_HOOK, hooks.append_pass(before, GateFusionPass(opts)))
+        setattr(config, POST_HOOK, hooks.append_pass(getattr(config, POST_HOOK), new))
 
 
 def disable() -> None:
@@ -84,21 +99,44 @@ def fusing(**gatefuse_options: Any) -> Iterator[report.Report]:
     in it have fewer than n fused sites together.
     """
     expect = resolve(gatefuse_options).expect
-    before = getattr(config, POST_HOOK)
+    given = merge(gatefuse_options, _given(), {"expect": 0})
+    if "expect" in gatefuse_options:
+        given["expect"] = 0  # of a graph: the block's counts for all together
+    new = _make_pass(given)
+    before = {hook: getattr(config, hook) for hook in (POST_HOOK, PRE_HOOK)}
+    during = dict(before)
+    if _usable():
+        during = {
+            POST_HOOK: hooks.append_pass(before[POST_HOOK], new),
+            PRE_HOOK: hooks.remove_pass(before[PRE_HOOK]),
+        }
     with report.record() as result:
-        enable(**{**gatefuse_options, "expect": 0})
+        for hook, value in during.items():
+            setattr(config, hook, value)
         try:
             yield result
         finally:
-            # Put back what was there, unless the block itself changed the hook.
-            ours = [p for p in hooks.passes_of(before) if isinstance(p, GateFusionPass)]
-            disable()
-            if ours:
-                setattr(config, POST_HOOK, hooks.append_pass(getattr(config, POST_HOOK), ours[0]))
+            new.ended = True
+            for hook in before:
+                setattr(config, hook, _after_block(hook, new, before[hook], during[hook]))
     if result.fused < expect and not disabled_by_environment():
         raise report.FusionError(
             f"gatefuse: expected at least {expect} fused gates, fused {result.fused}.\n{result}"
         )
+
+
+def _after_block(hook: str, ours: GateFusionPass, before: Any, during: Any) -> Any:
+    """What belongs on a hook when a block ends: the very object that was there before, unless the
+    block has changed the hook, which stays changed, but for the block's own pass."""
+    now = getattr(config, hook)
+    earlier = hooks.pass_on(before)
+    if earlier is not None and earlier.ended:  # a block of another thread
+        before, earlier = hooks.remove_pass(before), None
+    if now is during:
+        return before
+    if hooks.pass_on(now) is not ours:
+        return now
+    return hooks.remove_pass(now) if earlier is None else hooks.append_pass(now, earlier)
 
 
 def gatefuse_backend(
@@ -159,15 +197,10 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> report.R
         raise TypeError(
             f"gatefuse: model is of type {type(model).__name__}; expected a module or a function"
         )
-    opts = resolve({})
-    for graph_pass in hooks.passes_of(getattr(config, POST_HOOK)):
-        if isinstance(graph_pass, GateFusionPass):
-            opts = graph_pass.options
 
     # A backend of its own, so that Dynamo compiles every frame anew.
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        own = {_PREFIX + name: value for name, value in asdict(opts).items()}
-        return gatefuse_backend(gm, example_inputs, options=own)
+        return gatefuse_backend(gm, example_inputs)
 
     with (
         report.record() as result,

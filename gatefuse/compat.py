@@ -16,9 +16,9 @@ from gatefuse import settings
 
 __all__ = [
     "TESTED_TORCH",
+    "batch_invariant",
     "drops_rounding_casts",
     "graph_phase",
-    "hooks_take_lists",
     "inductor_options",
     "unsupported_reason",
     "warn_unsupported",
@@ -61,17 +61,18 @@ def warn_unsupported(reason: str) -> None:
         warnings.warn(f"gatefuse: models compile unfused. {reason}.", stacklevel=3)
 
 
-def hooks_take_lists() -> bool:
-    """Whether a hook of Inductor's may hold a list of passes: since PyTorch 2.13."""
-    from torch._inductor import custom_graph_pass
-
-    return hasattr(custom_graph_pass, "get_custom_graph_passes")
-
-
 def drops_rounding_casts(device_type: str) -> bool:
     """Whether Inductor's code for the device keeps a value in float32 where its IR converts it to a
     narrower type and back: its C++ did so before PyTorch 2.13."""
     return device_type == "cpu" and _torch_version() < (2, 13)
+
+
+def batch_invariant() -> bool:
+    """Whether Inductor is told that a row's result must not depend on the number of rows."""
+    config: Any = sys.modules.get("torch._inductor.config")
+    return config is not None and (
+        getattr(config, "batch_invariant", False) or getattr(config, "deterministic", False)
+    )
 
 
 def inductor_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:

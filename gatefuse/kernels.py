@@ -270,12 +270,14 @@ def launch(
     pdl: bool = False,
     weight_first: bool = False,
     config: LaunchConfig | None = None,
+    batch_invariant: bool = False,
 ) -> None:
     """Launch the kernel on the current stream.
 
     Shapes: input ``[N, H]``, weight ``[1, H]`` contiguous, bias ``[1]``, value, addend and out
     ``[N, D]``, logit ``[N]``; the inner stride of each is 1, row strides are free. dtypes: float16,
-    bfloat16 or float32, which may differ. Writes ``out`` and, if given, ``logit``.
+    bfloat16 or float32, which may differ. batch_invariant: a launch shape that does not depend on
+    the number of rows. Writes ``out`` and, if given, ``logit``.
     """
     rows, h = input.shape
     d = value.shape[1]
@@ -283,7 +285,12 @@ def launch(
         return
     if config is None:
         config = launch_config(
-            rows, h, d, value.element_size(), addend=addend is not None, dependent=pdl
+            None if batch_invariant else rows,
+            h,
+            d,
+            value.element_size(),
+            addend=addend is not None,
+            dependent=pdl,
         )
     options = {"launch_pdl": True} if pdl else {}
     linear_sigmoid_mul_kernel[(rows,)](

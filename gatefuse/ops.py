@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from gatefuse import compat, settings
 
 __all__ = ["Operands", "linear_sigmoid_mul", "linear_sigmoid_mul_reference", "result_dtype"]
 
@@ -115,12 +118,23 @@ def result_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes)
 
 
+def _batch_invariant() -> bool:
+    """Whether a row's result must not depend on the number of rows."""
+    return compat.batch_invariant() or (
+        "GATEFUSE_BATCH_INVARIANT" in os.environ and settings.flag("GATEFUSE_BATCH_INVARIANT")
+    )
+
+
 def _compute(operands: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Result and logits, both in ``dtype``, in plain ATen."""
     input, weight, value, bias, addend = operands
-    logit = torch.nn.functional.linear(
-        input.to(dtype), weight.to(dtype), None if bias is None else bias.reshape(1).to(dtype)
-    )
+    x, w = input.to(dtype), weight.to(dtype)
+    b = None if bias is None else bias.reshape(1).to(dtype)
+    if _batch_invariant():  # matrix products are not
+        logit = (x * w).sum(-1, keepdim=True)
+        logit = logit if b is None else logit + b
+    else:
+        logit = torch.nn.functional.linear(x, w, b)
     gate = torch.sigmoid(logit).reshape(*value.shape[:-1], 1)
     out = gate * value.to(dtype)
     return (out if addend is None else out + addend.to(dtype)), logit
@@ -219,6 +233,7 @@ def _triton(
             None if logit is None else logit.view(-1),
             pdl=pdl,
             weight_first=weight_first,
+            batch_invariant=_batch_invariant(),
         )
     return out, logit
 
@@ -250,6 +265,42 @@ def _implement(key: str, gpu: bool) -> None:
 _implement("CompositeExplicitAutograd", gpu=False)
 for _key in ("CUDA", "XPU"):  # HIP devices dispatch as CUDA
     _implement(_key, gpu=True)
+
+
+def _cast_like_autocast(operands: Operands, device_type: str) -> Operands:
+    """What the linear of the unfused gate reads under autocast."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+
+    return operands._replace(
+        input=cast(operands.input), weight=cast(operands.weight), bias=cast(operands.bias)
+    )
+
+
+def _implement_autocast(op: torch._ops.OpOverload, key: str, device_type: str) -> None:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def autocast(
+        input: Tensor,
+        weight: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        addend: Tensor | None = None,
+        **rest: Any,
+    ) -> Any:
+        operands = Operands(input, weight, value, bias, addend)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*_cast_like_autocast(operands, device_type), **rest)
+
+    _LIBRARY.impl(op._schema.name.split("::")[1], autocast, key)
+
+
+for _key in ("CPU", "CUDA", "XPU"):
+    for _name in ("linear_sigmoid_mul", "linear_sigmoid_mul_logit"):
+        _op = getattr(torch.ops.gatefuse, _name).default
+        _implement_autocast(_op, f"Autocast{_key}", _key.lower())
 
 before_tracing: Callable[[], None] = lambda: None  # noqa: E731
 """Called when the op is traced: in a graph for Inductor it needs its lowering, whoever put it
@@ -324,7 +375,8 @@ def linear_sigmoid_mul(
     input: ``[..., H]``; weight: ``[1, H]``; value: ``[..., D]`` with the leading dimensions of
     input; bias: ``[1]`` or None; addend: shape of value, or None. dtypes: float16, bfloat16,
     float32 or float64, which may differ. Returns a tensor of value's shape in the promoted dtype,
-    computed in float32 (float64 if any argument is) and rounded once. Differentiable, also in
+    computed in float32 (float64 if any argument is) and rounded once. Under autocast input, weight
+    and bias are cast as for a linear. Differentiable, also in
     forward mode and under the transforms of torch.func.
 
     Raises ValueError on a wrong shape or device, TypeError on a wrong dtype or no tensor.
@@ -338,7 +390,11 @@ def linear_sigmoid_mul(
         )
     if _transformed():
         _check(operands)
-        return _aten(operands)[0]
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            operands = _cast_like_autocast(operands, device)
+        with torch.autocast(device, enabled=False):
+            return _aten(operands)[0]
     return torch.ops.gatefuse.linear_sigmoid_mul.default(*operands)
 
 

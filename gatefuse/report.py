@@ -14,6 +14,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,15 @@ def location_of(node: Node) -> str | None:
 
 _lock = threading.Lock()
 _open: list[_Recorder] = []
+_ours: ContextVar[tuple[_Recorder, ...]] = ContextVar("gatefuse_reports", default=())
+"""Of the open reports, those of this thread (of this task, in asyncio)."""
+
+
+def _listening(recorder: _Recorder) -> bool:
+    """Whether what this thread compiles belongs into the report: in the thread that opened it, and
+    in autograd's own threads, which compile a backward for whoever calls it."""
+    foreign = isinstance(threading.current_thread(), threading._DummyThread)
+    return foreign or recorder in _ours.get()
 
 
 class _Recorder:
@@ -222,12 +232,16 @@ class _Recorder:
         self.counted = _counted()
 
     def add(self, graph: GraphReport) -> None:
-        self.report.graphs.append(graph)
+        if _listening(self):
+            self.report.graphs.append(graph)
         self.counted["fused"] += graph.fused
 
     def absorb_cached(self) -> None:
         """Turn fused sites that were counted, but not reported by the pass, into a graph."""
         now = _counted()
+        if not _listening(self):
+            self.counted = now
+            return
         missing = now["fused"] - self.counted["fused"]
         if missing < 0:  # the counters were cleared meanwhile
             missing = now["fused"]
@@ -251,12 +265,13 @@ def count(name: str, n: int = 1) -> None:
 
 
 def recording() -> bool:
-    """Whether any report is open."""
-    return bool(_open)
+    """Whether any report is open for what this thread compiles."""
+    with _lock:
+        return any(map(_listening, _open))
 
 
 def add_graph(graph: GraphReport) -> None:
-    """Tell every open report of a graph that the pass has seen, and count its sites."""
+    """Tell the open reports of a graph that the pass has seen, and count its sites."""
     with _lock:
         for recorder in _open:
             recorder.absorb_cached()
@@ -277,9 +292,10 @@ def note_placement(key: str, placement: str, reason: str) -> None:
 
 @contextlib.contextmanager
 def record() -> Iterator[Report]:
-    """Yields a :class:`Report` that fills as graphs are compiled inside the block.
+    """Yields a :class:`Report` that fills as this thread compiles graphs inside the block.
 
     Enables nothing by itself: it tells what a backend, an option or :func:`gatefuse.enable` does.
+    What other threads of the program compile is in reports of their own.
     """
     from torch._dynamo.callback import callback_handler
 
@@ -294,6 +310,7 @@ def record() -> Iterator[Report]:
 
     with _lock:
         _open.append(recorder)
+    token = _ours.set((*_ours.get(), recorder))
     callback_handler.register_end_callback(compiled)
     try:
         yield recorder.report
@@ -303,6 +320,8 @@ def record() -> Iterator[Report]:
         with _lock:
             _open.remove(recorder)
             recorder.absorb_cached()
+        with contextlib.suppress(ValueError):  # ended in another context
+            _ours.reset(token)
 
 
 def graphs_wanted() -> bool:

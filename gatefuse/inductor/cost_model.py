@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._inductor import ir
+from torch._inductor import config, ir
 from torch._inductor.lowering import fallbacks, lowerings
 from torch.fx import Node
 
+from gatefuse import compat
 from gatefuse.inductor.fx_utils import TRANSPOSES, VIEWS, known, source_of
 from gatefuse.inductor.match_gate import Site
 from gatefuse.settings import Options
@@ -57,6 +58,9 @@ def reason_not_to_fuse(site: Site, options: Options) -> str | None:
     cannot use the memory of its input for its result: up to 10 % slower, and 20 to 30 % where the
     memory is fresh (32 MiB).
     """
+    rounding = options.eager_rounding or config.emulate_precision_casts
+    if rounding and site.sigmoid.target is not aten.sigmoid.default:
+        return "eager's rounding is known of a gate that is written as a sigmoid only"
     if options.placement != "auto":
         return None
     x, v = site.input.meta["val"], site.value.meta["val"]
@@ -64,6 +68,8 @@ def reason_not_to_fuse(site: Site, options: Options) -> str | None:
         static = isinstance(x.shape[-1], int) and isinstance(v.shape[-1], int)
         reason = "a width is symbolic, and fusing would be slower at many rows"
         return None if static else f"{reason}; a forced placement fuses it"
+    if options.batch_invariant or compat.batch_invariant():
+        return None  # which the number of rows must not decide
     size = v.numel() * v.element_size()
     if known(size >= LARGE_RESULT[v.element_size()]) and _computed_by_inductor(site.input):
         reason = "with a result of this size on the CPU, fusing would be slower"

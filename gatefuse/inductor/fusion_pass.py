@@ -12,14 +12,17 @@ import itertools
 import logging
 import math
 import os
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule, Node
 
 from gatefuse import compat, report, settings
 from gatefuse.inductor.match_gate import Site, find_sites
+from gatefuse.inductor.match_linear import LOGIT_IS_INPUT
 from gatefuse.inductor.rewriter import META_KEY, DifferentResult, Rewriter
 from gatefuse.settings import Options
 
@@ -43,11 +46,20 @@ def _id_of_sources() -> str:
 class GateFusionPass(CustomGraphPass):
     """Inductor post-grad pass (either hook) that fuses the gates of a graph.
 
-    Picklable, holds no graph and no module; equal to another pass with the same options.
+    given: those of the options that were set in code, which win over another's where two ways of
+    turning the pass on meet; by default those that differ from the default. Picklable, holds no
+    graph and no module; equal to another pass with the same options.
     """
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(
+        self, options: Options | None = None, given: Mapping[str, Any] | None = None
+    ) -> None:
         self.options = Options() if options is None else options
+        default = asdict(Options())
+        own = {k: v for k, v in asdict(self.options).items() if v != default[k]}
+        self.given = own if given is None else dict(given)
+        self.ended = False
+        """Whether the block that put it on the hook has ended."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GateFusionPass) and other.options == self.options
@@ -69,11 +81,15 @@ class GateFusionPass(CustomGraphPass):
         if (reason := compat.unsupported_reason()) is not None:
             compat.warn_unsupported(reason)
             return
-        # Not before: they import internals of Inductor that another PyTorch may not have.
-        from gatefuse.inductor import cost_model, lowering
+        try:
+            # Not before: they import internals of Inductor that another PyTorch may not have.
+            from gatefuse.inductor import cost_model, lowering
 
-        lowering.register()
-        phase = compat.graph_phase()
+            lowering.register()
+            phase = compat.graph_phase()
+        except Exception as e:
+            compat.warn_unsupported(f"Inductor looks different here: {type(e).__name__}: {e}")
+            return
         entry = report.GraphReport(f"graph_{next(_graph_numbers)}_{phase}", phase)
         try:
             found, rejections = find_sites(graph)
@@ -81,6 +97,9 @@ class GateFusionPass(CustomGraphPass):
             log.warning("gatefuse: matching failed, the graph is left as it is", exc_info=True)
             entry.error = f"{type(e).__name__}: {e}"
             found, rejections = [], []
+        if phase == "backward":
+            # A gate's derivative has its sigmoid, of a logit that the forward has kept.
+            rejections = [r for r in rejections if r.reason != LOGIT_IS_INPUT]
         entry.rejections = [_rejection_report(r.node, r.reason) for r in rejections]
         sites = []
         for site in found:
@@ -127,7 +146,7 @@ class GateFusionPass(CustomGraphPass):
                 try:
                     new = rewriter.rewrite(site, key)
                 except DifferentResult:
-                    if site.addend is None:
+                    if site.anchor is site.mul:
                         raise
                     site = replace(site, anchor=site.mul, addend=None, value_views=())
                     new = rewriter.rewrite(site, key)

@@ -58,6 +58,32 @@ def known(condition: Any) -> bool:
     return statically_known_true(condition)
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """The arguments of a call of an ATen operator in the order of its schema, defaults included,
+    however they were passed."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    declared = node.target._schema.arguments
+    given = node.args[: len(declared)]
+    return (*given, *(node.kwargs.get(a.name, a.default_value) for a in declared[len(given) :]))
+
+
+def described(node: Node) -> str:
+    """What a node is, in a reason for the user."""
+    if node.op == "placeholder":
+        return "an input of the graph"
+    name = node.target.name() if hasattr(node.target, "name") else node.target
+    return getattr(name, "__name__", str(name)).replace("::", ".").removesuffix(".default")
+
+
+def batch_fusion_note() -> str:
+    """A hint where optional passes of Inductor's, which stack equal layers, are on."""
+    from torch._inductor import config
+
+    if config.pre_grad_fusion_options or config.post_grad_fusion_options:
+        return " (perhaps by Inductor's batch fusion: pre_grad_ or post_grad_fusion_options)"
+    return ""
+
+
 def same_shape(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(known(x == y) for x, y in zip(a, b))
 
@@ -68,10 +94,10 @@ def numel_is_one(shape: Any) -> bool:
 
 def _moves_only_ones(node: Node) -> bool:
     """Whether a transpose leaves the row-major order of elements alone."""
-    source = val_of(node.args[0])
+    source = val_of(arguments(node)[0])
     if source is None:
         return False
-    dims: Any = node.args[1:]
+    dims: Any = arguments(node)[1:]
     order = list(range(source.dim()))
     if node.target is aten.permute.default:
         order = [d % source.dim() for d in dims[0]]
@@ -91,7 +117,7 @@ def is_shape_op(node: Node) -> bool:
     if node.target in TRANSPOSES:
         return _moves_only_ones(node)
     if node.target is aten.expand.default:
-        source, result = val_of(node.args[0]), val_of(node)
+        source, result = val_of(arguments(node)[0]), val_of(node)
         return source is not None and result is not None and known(source.numel() == result.numel())
     return False
 
@@ -99,7 +125,7 @@ def is_shape_op(node: Node) -> bool:
 def is_float_conversion(node: Node) -> bool:
     if node.op != "call_function" or node.target not in _CONVERSIONS:
         return False
-    source, result = val_of(node.args[0]), val_of(node)
+    source, result = val_of(arguments(node)[0]), val_of(node)
     return (
         source is not None
         and result is not None
@@ -116,19 +142,19 @@ def is_neutral(node: Node) -> bool:
     return (
         node.op == "call_function"
         and node.target is aten.mul.Tensor
-        and isinstance(node.args[1], (int, float))
-        and node.args[1] == 1
+        and isinstance(factor := arguments(node)[1], (int, float))
+        and factor == 1
     )
 
 
 def source_of(node: Node) -> Node:
-    source = node.args[0]
+    source = arguments(node)[0]
     assert isinstance(source, Node)
     return source
 
 
 def widens(node: Node) -> bool:
-    source, result = val_of(node.args[0]), val_of(node)
+    source, result = val_of(arguments(node)[0]), val_of(node)
     assert source is not None and result is not None
     return source.dtype == result.dtype or _PRECISION[source.dtype] < _PRECISION[result.dtype]
 

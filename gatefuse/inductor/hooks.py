@@ -8,26 +8,44 @@ from typing import Any
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from gatefuse import compat
 from gatefuse.inductor.fusion_pass import GateFusionPass
 
-__all__ = ["POST_HOOK", "PRE_HOOK", "PassSequence", "append_pass", "passes_of", "remove_pass"]
+__all__ = [
+    "POST_HOOK",
+    "PRE_HOOK",
+    "PassSequence",
+    "append_pass",
+    "pass_on",
+    "passes_of",
+    "remove_pass",
+]
 
 POST_HOOK = "post_grad_custom_post_pass"
 PRE_HOOK = "post_grad_custom_pre_pass"
 
 
 class PassSequence(CustomGraphPass):
-    """Several passes on a hook of Inductor's that holds one."""
+    """What was on a hook and then one more pass. The former is kept as the very object that it was,
+    and read when the passes run: a list may still grow."""
 
-    def __init__(self, passes: tuple[Callable[..., Any], ...]) -> None:
-        self.passes = passes
+    def __init__(self, before: Any, last: GateFusionPass) -> None:
+        self.before = before
+        self.last = last
+
+    @property
+    def passes(self) -> tuple[Callable[..., Any], ...]:
+        """In order; without an earlier pass of gatefuse's, so that a graph is fused once."""
+        others = [p for p in passes_of(self.before) if not isinstance(p, GateFusionPass)]
+        return (*others, self.last)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PassSequence) and other.passes == self.passes
 
     def __hash__(self) -> int:
         return hash((PassSequence, self.passes))
+
+    def __repr__(self) -> str:
+        return f"PassSequence{self.passes}"
 
     def __call__(self, graph: Graph) -> None:
         for graph_pass in self.passes:
@@ -50,22 +68,24 @@ def passes_of(hook: Any) -> list[Callable[..., Any]]:
     return [hook]
 
 
-def _hook_of(passes: list[Callable[..., Any]]) -> Any:
-    if not passes:
-        return None
-    if len(passes) == 1:
-        return passes[0]
-    return passes if compat.hooks_take_lists() else PassSequence(tuple(passes))
-
-
-def append_pass(hook: Any, new: Callable[..., Any]) -> Any:
-    """A value for the hook which runs its passes and then ``new``; an older gatefuse pass among
-    them is replaced, so that a graph is fused once."""
-    return _hook_of([*passes_of(remove_pass(hook)), new])
+def append_pass(hook: Any, new: GateFusionPass) -> Any:
+    """A value for the hook which runs what is on it and then ``new``, instead of an earlier pass of
+    gatefuse's."""
+    if hook is None or isinstance(hook, GateFusionPass):
+        return new
+    return PassSequence(hook.before if isinstance(hook, PassSequence) else hook, new)
 
 
 def remove_pass(hook: Any) -> Any:
-    """A value for the hook without gatefuse's pass: the very same object if it had none."""
-    passes = passes_of(hook)
-    others = [p for p in passes if not isinstance(p, GateFusionPass)]
-    return hook if len(others) == len(passes) else _hook_of(others)
+    """A value for the hook without gatefuse's pass: the very object that was there before it."""
+    if isinstance(hook, PassSequence):
+        return remove_pass(hook.before)
+    if isinstance(hook, GateFusionPass):
+        return None
+    others = [p for p in passes_of(hook) if not isinstance(p, GateFusionPass)]
+    return hook if len(others) == len(passes_of(hook)) else others or None
+
+
+def pass_on(hook: Any) -> GateFusionPass | None:
+    """gatefuse's pass on the hook."""
+    return next((p for p in passes_of(hook) if isinstance(p, GateFusionPass)), None)

@@ -37,8 +37,13 @@ def kernel_problem(operands: Operands) -> str | None:
     return None
 
 
-def lower_kernel(operands: Operands, logit_dtype: torch.dtype | None) -> tuple[Any, Any]:
-    """The result and, if ``logit_dtype`` is given, the logits, as buffers that a launch writes."""
+def lower_kernel(
+    operands: Operands, logit_dtype: torch.dtype | None, *, batch_invariant: bool
+) -> tuple[Any, Any]:
+    """The result and, if ``logit_dtype`` is given, the logits, as buffers that a launch writes.
+
+    batch_invariant: launch in a shape that does not depend on the number of rows.
+    """
     import triton
     from torch._higher_order_ops.triton_kernel_wrap import (
         kernel_side_table,
@@ -62,7 +67,11 @@ def lower_kernel(operands: Operands, logit_dtype: torch.dtype | None) -> tuple[A
         logit = _empty([*input.get_size()[:-1], sympy.Integer(1)], logit_dtype, device)
 
     launch = kernels.launch_config(
-        _static(rows), h, d, value.get_dtype().itemsize, addend=addend is not None
+        None if batch_invariant else _static(rows),
+        h,
+        d,
+        value.get_dtype().itemsize,
+        addend=addend is not None,
     )
     tensors = {
         "input_ptr": input_rows,

@@ -89,7 +89,8 @@ def _place(operands: Operands, logit_dtype: torch.dtype | None) -> tuple[Any, An
     result = None
     if placement == "kernel":
         try:
-            result = lower_kernel(operands, logit_dtype)
+            invariant = meta.get("batch_invariant", False) or compat.batch_invariant()
+            result = lower_kernel(operands, logit_dtype, batch_invariant=invariant)
         except Exception as e:  # whatever it was, it must not break the user's compilation
             log.warning("gatefuse: no kernel for %s, lowered inline instead", node, exc_info=True)
             placement, reason = "inline", f"the kernel failed to lower: {type(e).__name__}: {e}"

@@ -7,10 +7,11 @@ logit and down to the multiply, through any operators that neither reorder rows 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
@@ -18,6 +19,9 @@ from torch.fx import Graph, Node
 from gatefuse.inductor.fx_utils import (
     FLOAT_DTYPES,
     NoMatch,
+    arguments,
+    batch_fusion_note,
+    described,
     is_neutral,
     known,
     same_shape,
@@ -26,11 +30,14 @@ from gatefuse.inductor.fx_utils import (
     val_of,
 )
 from gatefuse.inductor.match_linear import Linear, match_logit
-from gatefuse.inductor.node_order import Order, upstream
+from gatefuse.inductor.match_sigmoid import Sigmoid, find_sigmoids
+from gatefuse.inductor.near_misses import near_misses
+from gatefuse.inductor.node_order import KeptLogits, Order
 from gatefuse.ops import result_dtype
 
 __all__ = ["Rejection", "Site", "find_sites", "logit_shape_op", "site_dtype"]
 
+log = logging.getLogger("gatefuse")
 aten = torch.ops.aten
 
 _DEVICES = ("cpu", "cuda", "xpu", "meta")
@@ -71,40 +78,81 @@ class Rejection:
     reason: str
 
 
-def _match_muls(sigmoid: Node) -> tuple[list[tuple[tuple[Node, ...], Node, Node]], str]:
-    """All multiplies with one gate per row, each with the nodes between sigmoid and multiply and
-    the other factor; and, if there are none, why."""
+class _Product(NamedTuple):
+    """A multiply of one gate per row with a value.
+
+    path: the nodes from the sigmoid to the multiply. addend: that of an addcmul, or None.
+    """
+
+    path: tuple[Node, ...]
+    mul: Node
+    value: Node
+    addend: Node | None
+
+
+def _match_products(sigmoid: Node) -> tuple[list[_Product], str]:
+    """All products of the gate with a value; and, if there are none, why."""
     found = []
-    reason = "the gate is not multiplied with anything"
+    problem, ends = "", list[Node]()
     queue: list[tuple[Node, tuple[Node, ...]]] = [(sigmoid, ())]
     for node, path in queue:
-        gate = tensor_of(node, "the gate")
         for user in node.users:
             if is_neutral(user) or _broadcasts_last(user):
                 queue.append((user, (*path, user)))
-            elif user.op == "call_function" and user.target is aten.mul.Tensor:
-                a, b = user.args
-                other = b if a is node else a
-                if not isinstance(other, Node) or other is node or val_of(other) is None:
-                    reason = "the gate is multiplied by a constant or by itself"
+                continue
+            if user.target is aten.mul.Tensor:
+                factors, addend = list(arguments(user)), None
+            elif user.target is aten.addcmul.default and node in arguments(user)[1:3]:
+                addend, *factors, scale = arguments(user)
+                if scale != 1:
+                    problem = "addcmul scales the product"
                     continue
-                problem = _broadcast_problem(
-                    gate.shape,
-                    tensor_of(other, "the value").shape,
-                    tensor_of(user, "product").shape,
-                )
-                if problem is None:
-                    found.append((path, user, other))
-                else:
-                    reason = problem
-    return found, reason
+                if (misfit := _addend_problem(user, addend)) is not None:
+                    problem = misfit
+                    continue
+            else:
+                ends.append(user)
+                continue
+            other = factors[1] if factors[0] is node else factors[0]
+            if not isinstance(other, Node) or other is node or val_of(other) is None:
+                problem = "the gate is multiplied by a constant or by itself"
+                continue
+            shapes = (tensor_of(n, "a factor").shape for n in (node, other, user))
+            mismatch = _broadcast_problem(*shapes)
+            if mismatch is None:
+                found.append(_Product(path, user, other, addend))
+            else:
+                problem = mismatch
+    return found, problem or _not_multiplied(ends)
+
+
+def _not_multiplied(ends: list[Node]) -> str:
+    """The reason for a gate of which nothing is a product, by where it goes instead."""
+    problem = "the gate is not multiplied with anything"
+    goes_on = [node for node in ends if node.op != "output"]
+    if goes_on:
+        return f"{problem}: it goes into {described(goes_on[0])}{batch_fusion_note()}"
+    split = torch.distributed.is_available() and torch.distributed.is_initialized()
+    advice = (
+        "; DistributedDataParallel's optimizer splits graphs between its buckets, see "
+        "torch._dynamo.config.optimize_ddp"
+    )
+    return f"{problem} in this graph, which returns it{advice if split else ''}"
+
+
+def _addend_problem(addcmul: Node, addend: Any) -> str | None:
+    """Why the sum in an addcmul is not one of the value's shape and dtype, or None."""
+    out, av = tensor_of(addcmul, "the sum"), val_of(addend)
+    if av is None or av.dtype != out.dtype or not same_shape(av.shape, out.shape):
+        return "the addend of addcmul is broadcast or of another dtype"
+    return None
 
 
 def _broadcasts_last(node: Node) -> bool:
-    """An expand of ``[..., 1]`` to ``[..., D]``."""
-    if node.op != "call_function" or node.target is not aten.expand.default:
+    """``[..., 1]`` to ``[..., D]``, by an expand or a repeat."""
+    if node.target not in (aten.expand.default, aten.repeat.default):
         return False
-    source, result = val_of(node.args[0]), val_of(node)
+    source, result = val_of(arguments(node)[0]), val_of(node)
     return (
         source is not None
         and result is not None
@@ -141,9 +189,9 @@ def _match_addend(mul: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
         if out is None or out.dtype != tensor_of(mul, "the product").dtype:
             return None
         if user.target is aten.add.Tensor:
-            if user.kwargs.get("alpha", 1) != 1 or len(user.args) != 2:
+            a, b, alpha = arguments(user)
+            if alpha != 1:
                 return None
-            a, b = user.args
             addend = b if a is node else a
             if not isinstance(addend, Node) or addend is node:
                 return None
@@ -185,13 +233,12 @@ def _check_dtypes(nodes: dict[str, Node | None]) -> None:
         raise NoMatch(f"operands are on several devices: {', '.join(sorted(map(str, devices)))}")
 
 
-def _match_site(sigmoid: Node, order: Order, taken: set[Node], sites: list[Site]) -> Site:
+def _match_site(sigmoid: Sigmoid, order: Order, taken: set[Node], kept: KeptLogits) -> Site:
     logit, upper, linear = match_logit(sigmoid)
-    products, reason = _match_muls(sigmoid)
-    for lower, mul, value in products:
+    products, reason = _match_products(sigmoid.gate)
+    for product in products:
         try:
-            chain = (*upper, *lower)
-            return _site(sigmoid, logit, chain, linear, mul, value, order, taken, sites)
+            return _site(sigmoid.gate, logit, upper, linear, product, order, taken, kept)
         except NoMatch as e:
             reason = str(e)
     raise NoMatch(reason)
@@ -200,14 +247,15 @@ def _match_site(sigmoid: Node, order: Order, taken: set[Node], sites: list[Site]
 def _site(
     sigmoid: Node,
     logit: Node,
-    chain: tuple[Node, ...],
+    upper: list[Node],
     linear: Linear,
-    mul: Node,
-    value: Node,
+    product: _Product,
     order: Order,
     taken: set[Node],
-    sites: list[Site],
+    kept: KeptLogits,
 ) -> Site:
+    mul, value = product.mul, product.value
+    chain = (*upper, *product.path)
     _check_dtypes(
         {
             "logit": logit,
@@ -227,29 +275,26 @@ def _site(
     inside = set(chain)
     if any(_adds_lerp(user, mul, inside) for user in mul.users):
         raise NoMatch("a lerp between two values is no site yet")
-    views: tuple[Node, ...]
-    anchor, addend, views = _match_addend(mul) or (mul, None, ())
-    if anchor in taken or order.writes_between(mul, anchor):
-        anchor, addend, views = mul, None, ()
+    anchor, addend, views = mul, product.addend, tuple[Node, ...]()
+    found = None if addend is not None else _match_addend(mul)
+    if found and found[0] not in taken and not order.writes_between(mul, found[0]):
+        anchor, addend, views = found
 
     keeps_logit = any(user not in inside and user is not mul for n in chain for user in n.users)
     if keeps_logit:
         # The op takes the place of the logit for its other users too, so none of its operands may
         # depend on it.
-        lowest, further = _rewritten_inputs(logit, sites, order)
-
-        def depends(nodes: list[Node]) -> bool:
-            return not inside.isdisjoint(upstream(nodes, lowest, order, further))
-
         operands = [n for n in (linear.input, linear.weight, linear.bias, value) if n]
-        if depends(operands):
+        if kept.depends(operands, logit, inside):
             raise NoMatch("the value depends on the logit")
-        if addend is not None and depends([addend]):
+        if addend is not None and kept.depends([addend], logit, inside):
+            if product.addend is not None:
+                raise NoMatch("the addend depends on the logit")
             anchor, addend, views = mul, None, ()
-        if order.draws_between(logit, anchor) > 1:  # what reads the logit moves behind the op
-            raise NoMatch("random numbers are drawn between the linear and the multiply")
         if logit_shape_op(logit, linear.input) is None:
             raise NoMatch("the logit is used elsewhere, in a shape that is not one per row")
+        if (problem := kept.move_problem(logit, anchor)) is not None:
+            raise NoMatch(f"{problem} between the linear and the multiply")
     return Site(
         sigmoid=sigmoid,
         logit=logit,
@@ -266,22 +311,6 @@ def _site(
         value_views=views,
         keeps_logit=keeps_logit,
     )
-
-
-def _rewritten_inputs(
-    logit: Node, sites: list[Site], order: Order
-) -> tuple[int, dict[Node, list[Node]]]:
-    """What the logits of ``sites`` depend on once they are results of the op, for those sites that
-    matter to dependencies on ``logit``; and the position above which all of these nodes are."""
-    lowest, further = order[logit], dict[Node, list[Node]]()
-    kept = [site for site in sites if site.keeps_logit]
-    for site in sorted(kept, key=lambda site: order[site.anchor], reverse=True):
-        if order[site.anchor] < lowest:
-            break
-        operands = (site.input, site.weight, site.bias, site.value, site.addend)
-        further[site.logit] = [n for n in operands if n is not None]
-        lowest = min(lowest, order[site.logit])
-    return lowest, further
 
 
 def _adds_lerp(add: Node, mul: Node, gate: set[Node]) -> bool:
@@ -342,14 +371,23 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Rejection]]:
     rejections: list[Rejection] = []
     order = Order(graph)
     taken: set[Node] = set()
-    for sigmoid in graph.find_nodes(op="call_function", target=aten.sigmoid.default):
+    kept = KeptLogits(order)
+    for sigmoid in find_sigmoids(graph):
         try:
-            site = _match_site(sigmoid, order, taken, sites)
+            site = _match_site(sigmoid, order, taken, kept)
             if site.mul in taken or any(n in taken for n in site.chain):
                 raise NoMatch("the product is part of another site")
         except NoMatch as e:
-            rejections.append(Rejection(sigmoid, str(e)))
+            rejections.append(Rejection(sigmoid.gate, str(e)))
+            continue
+        except Exception as e:  # a node nobody foresaw leaves the other gates alone
+            log.warning("gatefuse: %s cannot be read", sigmoid.gate, exc_info=True)
+            rejections.append(Rejection(sigmoid.gate, f"cannot be read: {type(e).__name__}: {e}"))
             continue
         taken.update(site.chain, (site.mul, site.anchor))
         sites.append(site)
+        if site.keeps_logit:
+            operands = (site.input, site.weight, site.bias, site.value, site.addend)
+            kept.add(site.logit, site.anchor, [n for n in operands if n is not None])
+    rejections += [Rejection(node, reason) for node, reason in near_misses(graph, taken)]
     return sites, rejections

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from gatefuse.inductor.fx_utils import (
     NoMatch,
+    arguments,
+    batch_fusion_note,
+    described,
     is_float_conversion,
     is_neutral,
     known,
@@ -24,14 +26,16 @@ from gatefuse.inductor.fx_utils import (
     wide_source,
     widens,
 )
+from gatefuse.inductor.match_sigmoid import Sigmoid
 
-__all__ = ["Linear", "match_logit"]
+__all__ = ["LOGIT_IS_INPUT", "PACKED", "Linear", "match_logit"]
 
 aten = torch.ops.aten
 
 Shape = Sequence[int | torch.SymInt]
 
-_PACKED_LINEARS = ("mkldnn::_linear_pointwise", "mkl::_mkl_linear", "onednn::")
+_PACKED_LINEARS = ("mkldnn._linear_pointwise", "mkl._mkl_linear", "onednn.")
+PACKED = "the linear is packed for the CPU (freezing)"
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,7 @@ class Linear:
 def _unpadded(node: Node) -> Node:
     """What is padded with zeros at the ends of its dimensions, or ``node``."""
     while node.op == "call_function" and node.target is aten.constant_pad_nd.default:
-        pads: Any = node.args[1]
-        fill = node.args[2] if len(node.args) > 2 else 0
+        _, pads, fill = arguments(node)
         if fill != 0 or any(p != 0 for p in pads[::2]) or any(p < 0 for p in pads[1::2]):
             break
         node = source_of(node)
@@ -63,8 +66,7 @@ def _before_slices(node: Node) -> Node:
     Inductor pads products to multiples of 8 where it finds that faster (``shape_padding``).
     """
     while node.op == "call_function" and node.target is aten.slice.Tensor:
-        start = node.args[2] if len(node.args) > 2 else None
-        step = node.args[4] if len(node.args) > 4 else 1
+        _, _, start, _, step = arguments(node)
         if start not in (0, None) or step != 1:
             raise NoMatch("the logit is a slice")
         node = source_of(node)
@@ -79,6 +81,8 @@ def _linear_of_mm(x: Node, w: Node, bias: Node | None, cut_to: Shape | None) -> 
     if cut_to is not None:
         x, w = _unpadded(x), _unpadded(w)
     xv, wv = tensor_of(x, "the input of the linear"), tensor_of(w, "the weight")
+    if min(xv.dim(), wv.dim()) < 2:
+        raise NoMatch("the weight is not one row")
     if cut_to is not None and not (
         same_shape(cut_to, [*xv.shape[:-1], wv.shape[-1]]) and known(xv.shape[-1] == wv.shape[-2])
     ):
@@ -91,12 +95,11 @@ def _linear_of_mm(x: Node, w: Node, bias: Node | None, cut_to: Shape | None) -> 
 
 def _match_sum(node: Node) -> Linear:
     """``sum(input * weight)`` over the width: coordinate descent and handwritten code."""
-    product: Any = node.args[0]
-    dims: Any = node.args[1] if len(node.args) > 1 else None
+    product, dims, *_ = arguments(node)
     while is_float_conversion(product) and widens(product):
         product = source_of(product)
     if product.op != "call_function" or product.target is not aten.mul.Tensor:
-        raise NoMatch("the logit is not linear(H -> 1)")
+        raise _not_linear(product)
     pv = tensor_of(product, "the product")
     if not isinstance(dims, (list, tuple)) or len(dims) != 1:
         raise NoMatch("the logit is a sum over more than one dimension")
@@ -104,9 +107,10 @@ def _match_sum(node: Node) -> Linear:
     if not all(known(s == 1) for s in pv.shape[dim + 1 :]):
         raise NoMatch("the logit is a sum over a dimension that is not the last")
     width = pv.shape[dim]
-    for x, w in (product.args, product.args[::-1]):
+    factors = arguments(product)
+    for x, w in (factors, factors[::-1]):
         if not isinstance(x, Node) or not isinstance(w, Node):
-            raise NoMatch("the logit is not linear(H -> 1)")
+            raise NoMatch(f"{_NOT_LINEAR}: it is a sum of products with a constant")
         xv, wv = tensor_of(x, "the input of the linear"), tensor_of(w, "the weight")
         if not same_shape(xv.shape, pv.shape):
             continue
@@ -125,16 +129,20 @@ def _match_sum(node: Node) -> Linear:
 def _match_linear(node: Node, cut_to: Shape | None = None) -> Linear:
     """The linear that ``node`` is, without a bias added afterwards, or NoMatch."""
     if node.op != "call_function":
-        raise NoMatch("the logit is an input of the graph")
-    target, args = node.target, node.args
+        raise NoMatch(LOGIT_IS_INPUT)
+    target = node.target
+    if str(target).startswith(_PACKED_LINEARS):
+        raise NoMatch(PACKED)
+    if not isinstance(target, torch._ops.OpOverload):
+        raise _not_linear(node)
+    args = arguments(node)
     if target is aten.mm.default:
-        return _linear_of_mm(args[0], args[1], None, cut_to)  # type: ignore[arg-type]
+        return _linear_of_mm(args[0], args[1], None, cut_to)
     if target is aten.addmm.default:
-        if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
+        bias, x, w, beta, alpha = args
+        if beta != 1 or alpha != 1:
             raise NoMatch("the linear is scaled (addmm with alpha or beta)")
-        bias = args[0]
-        assert isinstance(bias, Node)
-        linear = _linear_of_mm(args[1], args[2], bias, cut_to)  # type: ignore[arg-type]
+        linear = _linear_of_mm(x, w, bias, cut_to)
         if not numel_is_one(tensor_of(bias, "the bias").shape):
             raise NoMatch("the bias differs from row to row")
         return linear
@@ -142,28 +150,36 @@ def _match_linear(node: Node, cut_to: Shape | None = None) -> Linear:
         raise NoMatch("the logit is a slice")
     if target is aten.mv.default:
         x, w = args
-        assert isinstance(x, Node) and isinstance(w, Node)
         return Linear(wide_source(x), weight_source(w, tensor_of(x, "the input").shape[-1]), None)
     if target is aten.bmm.default:
-        x, w = args
-        assert isinstance(x, Node) and isinstance(w, Node)
-        if w.op == "call_function" and w.target is aten.expand.default:
-            w = source_of(w)  # one weight for all batches
+        x, w = args[:2]
         weight = tensor_of(w, "the weight")
+        if w.op == "call_function" and w.target is aten.expand.default:
+            one = tensor_of(source_of(w), "the weight")
+            if one.dim() >= 2 and same_shape(one.shape[-2:], weight.shape[-2:]):
+                w, weight = source_of(w), one  # one weight for all batches
         if weight.dim() == 3 and not known(weight.shape[0] == 1):
             raise NoMatch("the logit is a batched product with one weight per batch")
         return _linear_of_mm(x, w, None, cut_to)
     if target is aten.sum.dim_IntList:
         return _match_sum(node)
-    if any(str(target).startswith(p.replace("::", ".")) for p in _PACKED_LINEARS):
-        raise NoMatch("the linear is packed for the CPU (freezing)")
-    raise NoMatch("the logit is not linear(H -> 1)")
+    raise _not_linear(node)
 
 
-def match_logit(sigmoid: Node) -> tuple[Node, list[Node], Linear]:
+_NOT_LINEAR = "the logit is not linear(H -> 1)"
+
+LOGIT_IS_INPUT = "the logit is an input of the graph"
+"""The reason for a sigmoid whose logit another graph has computed, as of most in a backward."""
+
+
+def _not_linear(node: Node) -> NoMatch:
+    return NoMatch(f"{_NOT_LINEAR}: it comes from {described(node)}{batch_fusion_note()}")
+
+
+def match_logit(sigmoid: Sigmoid) -> tuple[Node, list[Node], Linear]:
     """The logit node above a sigmoid, the nodes from it to the sigmoid, and the linear it is."""
-    chain = [sigmoid]
-    node = source_of(sigmoid)
+    chain = [sigmoid.gate, *sigmoid.inside]
+    node = sigmoid.source
     while is_neutral(node):
         chain.append(node)
         node = source_of(node)
@@ -180,20 +196,21 @@ def match_logit(sigmoid: Node) -> tuple[Node, list[Node], Linear]:
         aten.sub.Tensor,
         aten.neg.default,
     ):
-        raise NoMatch("the logit is computed further (affine) before the sigmoid, or not linear")
+        problem = "the logit is computed further (affine) before the sigmoid, or not linear"
+        raise NoMatch(f"{problem}: {described(node)}")
     else:
         linear = _match_linear(node, cut_to)
     return logit, chain[::-1], linear
 
 
 def _match_biased(add: Node, cut_to: Shape | None) -> Linear:
-    if add.kwargs.get("alpha", 1) != 1:
+    a, b, alpha = arguments(add)
+    if alpha != 1:
         raise NoMatch("the bias is scaled")
-    if not all(isinstance(n, Node) for n in add.args):
+    if not (isinstance(a, Node) and isinstance(b, Node)):
         raise NoMatch("a constant is added to the logit before the sigmoid")
     problem = "something other than one bias is added to the logit"
-    for linear, bias in (add.args, add.args[::-1]):
-        assert isinstance(linear, Node) and isinstance(bias, Node)
+    for linear, bias in ((a, b), (b, a)):
         if not numel_is_one(tensor_of(bias, "the bias").shape) or not same_shape(
             tensor_of(linear, "the logit").shape, tensor_of(add, "the logit").shape
         ):

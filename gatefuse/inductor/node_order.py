@@ -5,12 +5,12 @@ from __future__ import annotations
 import bisect
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
-__all__ = ["Order", "upstream"]
+__all__ = ["KeptLogits", "Order", "Stretches", "upstream"]
 
 
 class Order:
@@ -26,47 +26,142 @@ class Order:
     def __getitem__(self, node: Node) -> int:
         if self._positions is None:
             self._positions = {}
-            kinds: dict[Any, tuple[bool, bool]] = {}
+            effects = _EffectsOf()
             for i, n in enumerate(self._graph.nodes):
                 self._positions[n] = i
-                if n.op != "call_function":
-                    continue
-                kind = kinds.get(n.target)
-                if kind is None:
-                    kind = kinds[n.target] = _writes_memory(n.target), _draws(n.target)
-                if kind[0]:
+                writes, draws = effects.of_node(n)
+                if writes:
                     self._writes.append(i)
-                if kind[1]:
+                if draws:
                     self._draws.append(i)
         return self._positions[node]
 
     def writes_between(self, first: Node, last: Node) -> bool:
-        return _count_between(self._writes, self[first], self[last]) > 0
+        return self.writes_within(self[first], self[last])
 
-    def draws_between(self, first: Node, last: Node) -> int:
-        """How many nodes in between draw from the generator, so that their order counts."""
-        return _count_between(self._draws, self[first], self[last])
+    def writes_within(self, low: int, high: int) -> bool:
+        """Whether memory is written between two positions."""
+        return _count_between(self._writes, low, high) > 0
+
+    def draws_within(self, low: int, high: int) -> int:
+        """How many nodes between two positions draw from a generator, for which their order
+        counts."""
+        return _count_between(self._draws, low, high)
 
 
 def _count_between(positions: list[int], low: int, high: int) -> int:
     return max(0, bisect.bisect_left(positions, high) - bisect.bisect_right(positions, low))
 
 
-def _writes_memory(target: Any) -> bool:
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return "functional" not in target.name()
-    return target is operator.setitem
+class Stretches:
+    """Disjoint stretches of positions, of which those that overlap become one."""
+
+    def __init__(self) -> None:
+        self._lows: list[int] = []
+        self._highs: list[int] = []
+
+    def _overlapped(self, low: int, high: int) -> slice:
+        return slice(bisect.bisect_left(self._highs, low), bisect.bisect_right(self._lows, high))
+
+    def union(self, low: int, high: int) -> tuple[int, int]:
+        """The stretch with those that it overlaps."""
+        found = self._overlapped(low, high)
+        return min([low, *self._lows[found]]), max([high, *self._highs[found]])
+
+    def add(self, low: int, high: int) -> None:
+        found, union = self._overlapped(low, high), self.union(low, high)
+        self._lows[found], self._highs[found] = [union[0]], [union[1]]
 
 
-def _draws(target: Any) -> bool:
+class KeptLogits:
+    """The sites so far of which the op returns the logit too, each by its logit and its anchor.
+
+    What reads such a logit moves to after the op. Where the sites' stretches of the graph, from
+    logit to op, overlap, one op may have to wait for another, and what moves with one moves on with
+    the other: within the union of such stretches, and no further.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._operands: dict[Node, list[Node]] = {}
+        self._moves = Stretches()
+
+    def depends(self, nodes: list[Node], logit: Node, chain: set[Node]) -> bool:
+        """Whether ``nodes`` depend on a logit or the rest of its chain, or will after the rewrite,
+        when each kept logit depends on its op's operands."""
+        position = self._order[logit]
+        lowest, _ = self._moves.union(position, position)
+        return not chain.isdisjoint(upstream(nodes, lowest, self._order, self._operands))
+
+    def move_problem(self, logit: Node, anchor: Node) -> str | None:
+        """What forbids to move the nodes of a further site, and with them those of the sites that
+        may wait for it; or None."""
+        low, high = self._moves.union(self._order[logit], self._order[anchor])
+        if self._order.draws_within(low, high) > 1:
+            return "random numbers are drawn"
+        return "memory is written" if self._order.writes_within(low, high) else None
+
+    def add(self, logit: Node, anchor: Node, operands: list[Node]) -> None:
+        self._operands[logit] = operands
+        self._moves.add(self._order[logit], self._order[anchor])
+
+
+class _Effects(NamedTuple):
+    writes: bool
+    draws: bool
+
+
+_FUNCTIONAL = ("auto_functionalized", "auto_functionalized_v2", "triton_kernel_wrapper_functional")
+"""Higher-order operators that stand for something which writes, on copies of their own."""
+
+
+class _EffectsOf:
+    """What calls do besides computing their results; remembers what it has read."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, _Effects] = {}
+
+    def of_node(self, node: Node) -> _Effects:
+        if node.op != "call_function":
+            return _Effects(node.op in ("call_module", "call_method"), False)
+        target = node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self._of_higher_order(node, target.name())
+        if target not in self._known:
+            self._known[target] = _effects_of(target)
+        return self._known[target]
+
+    def _of_higher_order(self, node: Node, name: str) -> _Effects:
+        """By what it calls: operators and bodies among its arguments."""
+        if name in _FUNCTIONAL:
+            return _Effects(False, False)
+        called: list[_Effects] = []
+        for argument in (*node.args, *node.kwargs.values()):
+            if isinstance(argument, torch._ops.OpOverload):
+                called.append(_effects_of(argument))
+            elif isinstance(argument, Node) and argument.op == "get_attr":
+                body = getattr(node.graph.owning_module, str(argument.target), None)
+                if isinstance(body, GraphModule):
+                    called.append(self._of_body(body))
+        # One that calls nothing, as a Triton kernel's wrapper, or whose effects are its purpose.
+        unknown = not called or name == "with_effects"
+        return _Effects(unknown or any(c.writes for c in called), any(c.draws for c in called))
+
+    def _of_body(self, body: GraphModule) -> _Effects:
+        if body not in self._known:
+            inside = [self.of_node(n) for n in body.graph.nodes]
+            self._known[body] = _Effects(
+                any(e.writes for e in inside), any(e.draws for e in inside)
+            )
+        return self._known[body]
+
+
+def _effects_of(target: Any) -> _Effects:
+    if not isinstance(target, torch._ops.OpOverload):
+        return _Effects(target is operator.setitem, False)
     # Inductor's own random operators (prims) take their seed as an input.
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in target.tags
-        and target.namespace != "prims"
-    )
+    seeded = torch.Tag.nondeterministic_seeded in target.tags and target.namespace != "prims"
+    return _Effects(target._schema.is_mutable, seeded)
 
 
 def upstream(

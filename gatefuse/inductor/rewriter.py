@@ -56,6 +56,7 @@ class Rewriter:
             "key": key,
             "placement": self.options.placement,
             "eager_rounding": self.options.eager_rounding,
+            "batch_invariant": self.options.batch_invariant,
             "roundings": _roundings(site),
         }
         if logit is not None:
@@ -185,7 +186,7 @@ def _roundings(site: Site) -> dict[str, tuple[torch.dtype, ...]]:
         "sum": site.sum_roundings,
         "logit": roundings(site.chain[:sigmoid]),
         "gate": roundings(site.chain[sigmoid:]),
-        "gated": roundings([site.mul]),
+        "gated": () if site.mul is site.anchor else roundings([site.mul]),
     }
 
 
