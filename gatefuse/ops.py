@@ -11,8 +11,6 @@ them, as in training, where the backward reads them.
 
 from __future__ import annotations
 
-import functools
-import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,8 +20,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gatefuse import compat, settings
+from gatefuse.operands import Operands, check, check_tensors, result_dtype
 
-__all__ = ["Operands", "linear_sigmoid_mul", "linear_sigmoid_mul_reference", "result_dtype"]
+__all__ = ["linear_sigmoid_mul", "linear_sigmoid_mul_reference"]
 
 _LIBRARY = torch.library.Library("gatefuse", "DEF")
 _LIBRARY.define(
@@ -36,86 +35,6 @@ _LIBRARY.define(
     " Tensor? addend=None, *, ScalarType logit_dtype) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _shape(t: Tensor) -> str:
-    return f"[{', '.join(map(str, t.shape))}]"
-
-
-class Operands(NamedTuple):
-    """What the op takes, in its order: tensors, or what stands for them in Inductor's IR."""
-
-    input: Any
-    weight: Any
-    value: Any
-    bias: Any = None
-    addend: Any = None
-
-    def present(self) -> list[Any]:
-        return [t for t in self if t is not None]
-
-    def result_dtype(self) -> torch.dtype:
-        """The promotion of the operands' dtypes."""
-        return result_dtype(
-            *(t.dtype if isinstance(t, Tensor) else t.get_dtype() for t in self.present())
-        )
-
-
-def _check_tensors(operands: Operands) -> None:
-    for name, t in operands._asdict().items():
-        optional = name in ("bias", "addend")
-        if not isinstance(t, Tensor) and not (optional and t is None):
-            raise TypeError(
-                f"gatefuse: {name} is of type {type(t).__name__}; expected a Tensor"
-                f"{' or None' if optional else ''}"
-            )
-
-
-def _check(operands: Operands) -> None:
-    input, weight, value, bias, addend = operands
-    for name, t in operands._asdict().items():
-        if t is None:
-            continue
-        if t.dtype not in _FLOAT_DTYPES:
-            raise TypeError(
-                f"gatefuse: {name} has dtype {t.dtype}; expected one of "
-                f"{', '.join(str(d) for d in _FLOAT_DTYPES)}"
-            )
-        if t.device != input.device:
-            raise ValueError(
-                f"gatefuse: {name} is on device {t.device}; expected {input.device}, where input is"
-            )
-    if input.dim() < 1:
-        raise ValueError("gatefuse: input is a scalar; expected shape [..., H]")
-    if value.dim() < 1:
-        raise ValueError("gatefuse: value is a scalar; expected shape [..., D]")
-    h = input.shape[-1]
-    if weight.dim() != 2 or weight.shape[0] != 1 or weight.shape[1] != h:
-        raise ValueError(
-            f"gatefuse: weight has shape {_shape(weight)}; expected [1, {h}], one row as wide as "
-            f"input {_shape(input)}"
-        )
-    if bias is not None and (bias.dim() > 1 or bias.numel() != 1):
-        raise ValueError(f"gatefuse: bias has shape {_shape(bias)}; expected [1]")
-    if math.prod(value.shape[:-1]) != math.prod(input.shape[:-1]):
-        raise ValueError(
-            f"gatefuse: value has shape {_shape(value)}; expected as many rows as input "
-            f"{_shape(input)}"
-        )
-    if addend is not None and (
-        addend.dim() != value.dim() or any(a != b for a, b in zip(addend.shape, value.shape))
-    ):
-        raise ValueError(
-            f"gatefuse: addend has shape {_shape(addend)}; expected {_shape(value)}, as value has"
-        )
-
-
-def result_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The promotion of the operands' dtypes: the dtype of the result, or, given input, weight and
-    bias alone, that of the linear."""
-    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _batch_invariant() -> bool:
@@ -241,7 +160,7 @@ def _triton(
 def _run(
     operands: Operands, logit_dtype: torch.dtype | None, *, gpu: bool
 ) -> tuple[Tensor, Tensor | None]:
-    _check(operands)
+    check(operands)
     result = _triton(operands, logit_dtype) if gpu else None
     if result is None:
         out, logit = _aten(operands)
@@ -310,7 +229,7 @@ there, or it would be an opaque call. Set by the package, for lowerings are furt
 @torch.library.register_fake("gatefuse::linear_sigmoid_mul", lib=_LIBRARY)
 def _fake(*args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
     operands = Operands(*args, **kwargs)
-    _check(operands)
+    check(operands)
     before_tracing()
     # Dtype and strides are those of the unfused product and sum.
     linear = operands._replace(value=None, addend=None)
@@ -382,14 +301,14 @@ def linear_sigmoid_mul(
     Raises ValueError on a wrong shape or device, TypeError on a wrong dtype or no tensor.
     """
     operands = Operands(input, weight, value, bias, addend)
-    _check_tensors(operands)
+    check_tensors(operands)
     if value.shape[:-1] != input.shape[:-1]:
         raise ValueError(
-            f"gatefuse: value has shape {_shape(value)}; expected the leading dimensions of input "
-            f"{_shape(input)}"
+            f"gatefuse: value has shape {list(value.shape)}; expected the leading dimensions of "
+            f"input {list(input.shape)}"
         )
     if _transformed():
-        _check(operands)
+        check(operands)
         device = input.device.type
         if torch.is_autocast_enabled(device):
             operands = _cast_like_autocast(operands, device)
@@ -415,6 +334,6 @@ def linear_sigmoid_mul_reference(
 ) -> Tensor:
     """The same in float64 without any rounding in between: what a test compares with."""
     operands = Operands(input, weight, value, bias, addend)
-    _check_tensors(operands)
-    _check(operands)
+    check_tensors(operands)
+    check(operands)
     return _compute(operands, torch.float64)[0]

@@ -11,7 +11,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import V
 
-from gatefuse.ops import Operands
+from gatefuse.operands import Operands
 
 __all__ = ["kernel_problem", "lower_kernel"]
 

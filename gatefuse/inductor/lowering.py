@@ -29,7 +29,7 @@ from gatefuse.inductor import choices
 from gatefuse.inductor.cost_model import choose_placement
 from gatefuse.inductor.kernel_call import kernel_problem, lower_kernel
 from gatefuse.inductor.rewriter import META_KEY
-from gatefuse.ops import Operands
+from gatefuse.operands import Operands
 
 __all__ = ["register"]
 

@@ -33,7 +33,7 @@ from gatefuse.inductor.match_linear import Linear, match_logit
 from gatefuse.inductor.match_sigmoid import Sigmoid, find_sigmoids
 from gatefuse.inductor.near_misses import near_misses
 from gatefuse.inductor.node_order import KeptLogits, Order
-from gatefuse.ops import result_dtype
+from gatefuse.operands import result_dtype
 
 __all__ = ["Rejection", "Site", "find_sites", "logit_shape_op", "site_dtype"]
 

@@ -39,7 +39,7 @@ class Rewriter:
         self.sites: list[Site] = []
         self.new: list[Node] = []
         self.replaced: dict[Node, Node] = {}
-        self.users: list[tuple[Node, Node, list[Node]]] = []
+        self.users: list[tuple[Node, Any, Any]] = []
         self.order: list[Node] = []
 
     def rewrite(self, site: Site, key: str) -> Node:
@@ -60,15 +60,20 @@ class Rewriter:
             "roundings": _roundings(site),
         }
         if logit is not None:
-            self._replace(site.logit, logit)
-        self._replace(site.anchor, result)
+            self.replaced[site.logit] = logit
+        self.replaced[site.anchor] = result
         self.sites.append(site)
         return op
 
     def finish(self) -> None:
-        """Bring the graph in order and erase what nobody uses any more."""
+        """Let users use the new nodes, bring the graph in order and erase what nobody uses."""
         if not self.sites:
             return
+        # Each user once: an output of the graph may use them all.
+        for user in dict.fromkeys(user for old in self.replaced for user in old.users):
+            self.users.append((user, user.args, user.kwargs))
+            user.args = torch.fx.map_arg(user.args, self._now)
+            user.kwargs = torch.fx.map_arg(user.kwargs, self._now)
         if any(site.keeps_logit for site in self.sites):
             from torch._inductor.pattern_matcher import stable_topological_sort
 
@@ -80,9 +85,8 @@ class Rewriter:
 
     def undo(self) -> None:
         """Put the graph back, after an error before anything was erased."""
-        for old, new, users in reversed(self.users):
-            for user in users:
-                user.replace_input_with(new, old)
+        for user, args, kwargs in self.users:
+            user.args, user.kwargs = args, kwargs
         for node, following in itertools.pairwise(self.order):
             node.append(following)
         self._erase_new(0)
@@ -104,10 +108,6 @@ class Rewriter:
             sources = node.all_input_nodes
             self.graph.erase_node(node)
             stack.extend(sources)
-
-    def _replace(self, old: Node, new: Node) -> None:
-        self.users.append((old, new, old.replace_all_uses_with(new)))
-        self.replaced[old] = new
 
     def _now(self, node: Node) -> Node:
         """The node that stands for ``node`` after the rewrites so far."""
