@@ -50,6 +50,8 @@ def options(
     new = _make_pass(gatefuse_options, _given_on(existing), _given())
     if _usable():
         result[POST_HOOK] = hooks.append_pass(existing, new)
+        if hooks.pass_on(early := result.get(PRE_HOOK, getattr(config, PRE_HOOK))) is not None:
+            result[PRE_HOOK] = hooks.remove_pass(early)
         if new.options.batch_invariant and hasattr(config, "batch_invariant"):
             result.setdefault("batch_invariant", True)
     return result

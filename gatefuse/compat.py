@@ -78,7 +78,7 @@ def batch_invariant() -> bool:
 def inductor_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """What ``torch.compile(mode=mode, options=options)`` sets in Inductor's configuration; raises
     its errors on an unknown mode or option."""
-    return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
+    return dict(torch._TorchCompileInductorWrapper(mode, options or None, None).config)
 
 
 def graph_phase() -> str:

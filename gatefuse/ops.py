@@ -49,12 +49,15 @@ def _compute(operands: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     input, weight, value, bias, addend = operands
     x, w = input.to(dtype), weight.to(dtype)
     b = None if bias is None else bias.reshape(1).to(dtype)
-    if _batch_invariant():  # matrix products are not
+    if _batch_invariant():
+        # Matrix products are not; nor is a vectorised sigmoid, in the last place of its tail.
         logit = (x * w).sum(-1, keepdim=True)
         logit = logit if b is None else logit + b
+        gate = torch.sigmoid(logit.double()).to(dtype)
     else:
         logit = torch.nn.functional.linear(x, w, b)
-    gate = torch.sigmoid(logit).reshape(*value.shape[:-1], 1)
+        gate = torch.sigmoid(logit)
+    gate = gate.reshape(*value.shape[:-1], 1)
     out = gate * value.to(dtype)
     return (out if addend is None else out + addend.to(dtype)), logit
 

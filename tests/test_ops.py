@@ -224,3 +224,37 @@ def test_a_weight_is_loaded_early_only_if_it_was_waited_for() -> None:
     assert not settled(3), "what was captured has not run"
     plain = weight.detach()
     assert not any(ops._settled(plain, 0, False) for _ in range(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("parts", [{}, {"bias"}, {"addend"}])
+def test_autocast_as_the_unfused_gate(dtype, value_dtype, parts):
+    """Eager, compiled and in forward mode: dtype and value are those of the gate it replaces."""
+    ops = operands((4,), 16, 16, torch.float32)
+    ops = {name: t for name, t in ops.items() if name not in ("bias", "addend") or name in parts}
+    ops["value"] = ops["value"].to(value_dtype)
+
+    def plain(input, weight, value, bias=None, addend=None):
+        out = torch.sigmoid(torch.nn.functional.linear(input, weight, bias)) * value
+        return out if addend is None else out + addend
+
+    with torch.autocast("cpu", dtype):
+        want = plain(**ops)
+        got = gatefuse.linear_sigmoid_mul(**ops)
+        compiled = torch.compile(gatefuse.linear_sigmoid_mul, backend="aot_eager")(**ops)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(ops["input"], torch.ones_like(ops["input"]))
+            forward_mode = gatefuse.linear_sigmoid_mul(**{**ops, "input": dual})
+    for out in (got, compiled, forward_mode):
+        assert out.dtype == want.dtype
+        torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_gradients():
+    ops = operands((4,), 16, 16, torch.float32)
+    leaves = [t.requires_grad_() for t in ops.values()]
+    with torch.autocast("cpu", torch.bfloat16):
+        gatefuse.linear_sigmoid_mul(**ops).float().sum().backward()
+    for leaf in leaves:
+        assert leaf.grad.dtype == leaf.dtype and leaf.grad.abs().sum() > 0

@@ -1,0 +1,297 @@
+"""Rewrites move nodes: no write to memory is passed, and random draws keep their order."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+import gatefuse
+from gatefuse.inductor.fusion_pass import GateFusionPass
+from gatefuse.inductor.match_gate import find_sites
+from gatefuse.inductor.node_order import Stretches
+
+aten = torch.ops.aten
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+def trained(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape).requires_grad_() for shape in shapes]
+
+
+# --- random draws -------------------------------------------------------------------------------
+
+
+def draws_of_two_gates(x: Tensor, wa: Tensor, wb: Tensor, v: Tensor, v2: Tensor) -> Any:
+    """Gate A waits for gate B's logit; a draw reads A's logit, another stands before B's op."""
+    za = F.linear(x, wa)
+    first = torch.poisson(za.detach().abs().expand(5, 16))
+    zb = F.linear(x, wb)
+    ya = torch.sigmoid(za) * (v + zb)
+    second = torch.rand_like(v2)
+    return ya, torch.sigmoid(zb) * v2, first, second
+
+
+def draws_of_three_gates(x: Tensor, wa: Tensor, wb: Tensor, wc: Tensor, v: Tensor) -> Any:
+    """The same over a chain: A waits for B, B for C."""
+    za = F.linear(x, wa)
+    first = torch.poisson(za.detach().abs().expand(5, 16))
+    zb = F.linear(x, wb)
+    ya = torch.sigmoid(za) * (v + zb)
+    zc = F.linear(x, wc)
+    yb = torch.sigmoid(zb) * (v + zc)
+    second = torch.rand_like(v)
+    return ya, yb, torch.sigmoid(zc) * v, first, second
+
+
+@pytest.mark.parametrize("fn", [draws_of_two_gates, draws_of_three_gates])
+def test_draws_keep_their_order(fn: Callable[..., Any]) -> None:
+    widths = (
+        (5, 16),
+        (1, 16),
+        (1, 16),
+        (1, 16) if fn is draws_of_three_gates else (5, 16),
+        (5, 16),
+    )
+    inputs = trained(*widths)
+    results = []
+    for fuse in (False, True):
+        torch._dynamo.reset()
+        block = gatefuse.fusing() if fuse else contextlib.nullcontext()
+        with inductor_config.patch(fallback_random=True), block as report:
+            torch.manual_seed(5)
+            results.append(torch.compile(fn)(*inputs))
+    assert report is not None and report.fused >= 1
+    for plain, fused in zip(*results):
+        torch.testing.assert_close(fused, plain)
+
+
+def dropout_in_the_value(x: Tensor, w: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    gate = torch.sigmoid(F.linear(x, w))
+    return gate * F.dropout(v @ a, 0.1)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_one_draw_under_checkpointing(fallback: bool) -> None:
+    """The operators that keep and restore a generator's state write no memory."""
+    inputs = trained((6, 32), (1, 32), (6, 32), (32, 32))
+
+    def fn(*args: Tensor) -> Any:
+        return checkpoint(dropout_in_the_value, *args, use_reentrant=False)
+
+    results = []
+    for fuse in (False, True):
+        torch._dynamo.reset()
+        block = gatefuse.fusing() if fuse else contextlib.nullcontext()
+        with inductor_config.patch(fallback_random=fallback), block as report:
+            torch.manual_seed(5)
+            out = torch.compile(fn)(*inputs)
+            results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    assert report is not None
+    assert [g.fused for g in report.graphs if g.phase == "forward"] == [1]
+    for plain, fused in zip(*results):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+# --- higher-order operators ---------------------------------------------------------------------
+
+
+@torch.compiler.nested_compile_region
+def _expert(v: Tensor, a: Tensor) -> Tensor:
+    return F.silu(v @ a)
+
+
+def value_from_a_region(x: Tensor, w: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    for _ in range(2):
+        gate = torch.sigmoid(F.linear(x, w))
+        v = gate * _expert(v, a)
+    return v
+
+
+def value_from_a_branch(x: Tensor, w: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    gate = torch.sigmoid(F.linear(x, w))
+    return gate * torch.cond(a.sum() > 0, lambda v: v * 2, lambda v: v - 1, (v,))
+
+
+@pytest.mark.parametrize("fn", [value_from_a_region, value_from_a_branch])
+def test_operators_that_only_compute_are_passed(fn: Callable[..., Any]) -> None:
+    inputs = trained((4, 16), (1, 16), (4, 16), (16, 16))
+    with gatefuse.fusing() as report:
+        out = torch.compile(fn)(*inputs)
+    torch.testing.assert_close(out, fn(*inputs))
+    assert max(g.fused for g in report.graphs if g.phase == "forward") >= 1
+
+
+def body_that_writes(v: Tensor) -> Tensor:
+    return v.add_(1.0)
+
+
+def test_a_body_that_writes_is_not_passed() -> None:
+    """The body of a higher-order operator is read: one in-place operator makes it a write."""
+    graph = traced(lambda x, w, v: torch.sigmoid(F.linear(x, w)) * v, randn(6, 16), randn(1, 16))
+    for body, fused in ((lambda v: v + 1.0, 1), (body_that_writes, 0)):
+        module = torch.fx.GraphModule(torch.nn.Module(), copy_of(graph))
+        module.body = make_fx(body, tracing_mode="fake")(randn(6, 16))
+        (linear,) = module.graph.find_nodes(op="call_function", target=aten.mm.default)
+        value = module.graph.find_nodes(op="placeholder")[2]
+        with module.graph.inserting_after(linear):
+            call = module.graph.call_function(
+                torch.ops.higher_order.invoke_subgraph,
+                (module.graph.get_attr("body"), "body", value),
+            )
+            call.meta["val"] = (value.meta["val"],)
+        call.prepend(call.args[0])
+        sites, rejections = find_sites(module.graph)
+        assert len(sites) == fused
+        assert ["memory is written" in r.reason for r in rejections] == [True] * (1 - fused)
+
+
+# --- writes to memory ---------------------------------------------------------------------------
+
+
+def traced(fn: Callable[..., Any], *inputs: Tensor) -> Graph:
+    """A graph of ``fn`` on ``inputs``, and on as many more of the first one's shape as it takes."""
+    missing = fn.__code__.co_argcount - len(inputs)
+    more = [torch.randn_like(inputs[0]) for _ in range(missing)]
+    return make_fx(fn, tracing_mode="fake")(*inputs, *more).graph
+
+
+def copy_of(graph: Graph) -> Graph:
+    copied, values = Graph(), {}
+    copied.output(copied.graph_copy(graph, values))
+    for old, new in values.items():
+        new.meta = dict(old.meta)
+    return copied
+
+
+def written(graph: Graph, target: Any, which: int, placeholder: int) -> Graph:
+    """The graph with an input zeroed in place after the n-th call of ``target``."""
+    node = graph.find_nodes(op="call_function", target=target)[which]
+    value = graph.find_nodes(op="placeholder")[placeholder]
+    with graph.inserting_after(node):
+        write = graph.call_function(aten.zero_.default, (value,))
+        write.meta["val"] = value.meta["val"]
+    return graph
+
+
+def check_unchanged(graph: Graph, *inputs: Tensor) -> int:
+    """Assert that the pass changes no result and no write; the number of fused gates."""
+    results = []
+    for run_pass in (False, True):
+        if run_pass:
+            GateFusionPass()(graph)
+        module = torch.fx.GraphModule(torch.nn.Module(), graph)
+        given = [t.clone() for t in inputs]
+        results.append([*torch.utils._pytree.tree_leaves(module(*given)), *given])
+    for before, after in zip(*results):
+        torch.testing.assert_close(after, before)
+    return sum("gatefuse" in str(n.target) for n in graph.nodes)
+
+
+def gate_and_add(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    return r + torch.sigmoid(F.linear(x, w)) * v
+
+
+def two_that_wait(x: Tensor, w: Tensor, v: Tensor, u: Tensor) -> Any:
+    za, zb = F.linear(x, w), F.linear(u, w)
+    return torch.sigmoid(za) * (v + zb), torch.sigmoid(zb) * u, za, zb
+
+
+@pytest.mark.parametrize(
+    "fn, target, which, placeholder",
+    [
+        pytest.param(gate_and_add, aten.mm.default, 0, 0, id="input-after-linear"),
+        pytest.param(gate_and_add, aten.sigmoid.default, 0, 2, id="value-after-sigmoid"),
+        pytest.param(gate_and_add, aten.mul.Tensor, 0, 2, id="value-between-mul-and-add"),
+        pytest.param(two_that_wait, aten.mul.Tensor, 0, 2, id="value-while-the-op-waits"),
+        pytest.param(two_that_wait, aten.mul.Tensor, 0, 0, id="input-while-the-op-waits"),
+        pytest.param(two_that_wait, aten.mul.Tensor, 0, 1, id="weight-while-the-op-waits"),
+    ],
+)
+def test_writes_are_not_passed(
+    fn: Callable[..., Any], target: Any, which: int, placeholder: int
+) -> None:
+    inputs = randn(6, 16), randn(1, 16), randn(6, 16), randn(6, 16)
+    check_unchanged(written(traced(fn, *inputs), target, which, placeholder), *inputs)
+
+
+def test_without_a_write_all_of_these_are_fused() -> None:
+    """Or the test above would show nothing."""
+    inputs = randn(6, 16), randn(1, 16), randn(6, 16), randn(6, 16)
+    assert check_unchanged(traced(gate_and_add, *inputs), *inputs) == 1
+    assert check_unchanged(traced(two_that_wait, *inputs), *inputs) == 2
+
+
+def addend_from_the_logit(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
+    z = F.linear(x, w)
+    return torch.sigmoid(z) * v + (r + z), z, torch.sigmoid(F.linear(r, w)) * v
+
+
+def test_an_addend_that_depends_on_the_kept_logit_stays_outside() -> None:
+    inputs = randn(6, 16), randn(1, 16), randn(6, 16), randn(6, 16)
+    graph = traced(addend_from_the_logit, *inputs)
+    assert check_unchanged(graph, *inputs) == 2
+
+
+# --- stretches, and time ------------------------------------------------------------------------
+
+
+def test_stretches_that_overlap_become_one() -> None:
+    stretches = Stretches()
+    for low, high in ((10, 20), (40, 50), (60, 70)):
+        stretches.add(low, high)
+    assert stretches.union(30, 35) == (30, 35)
+    assert stretches.union(15, 17) == (10, 20)
+    assert stretches.union(18, 45) == (10, 50)
+    stretches.add(45, 65)
+    assert stretches.union(69, 80) == (40, 80)
+    assert stretches.union(25, 26) == (25, 26)
+
+
+def side_by_side(n: int) -> Callable[..., Any]:
+    return lambda x, w, v: [torch.sigmoid(F.linear(x, w)) * v for _ in range(n)]
+
+
+def side_by_side_with_logits(n: int) -> Callable[..., Any]:
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Any:
+        logits = [F.linear(x, w) for _ in range(n)]
+        return [torch.sigmoid(z) * v for z in logits], logits
+
+    return fn
+
+
+def in_a_row_with_logits(n: int) -> Callable[..., Any]:
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Any:
+        logits = []
+        for _ in range(n):
+            logits.append(F.linear(x, w))
+            x = x + torch.sigmoid(logits[-1]) * v
+        return x, logits
+
+    return fn
+
+
+@pytest.mark.parametrize("make", [side_by_side, side_by_side_with_logits, in_a_row_with_logits])
+def test_the_time_of_the_pass_is_linear(make: Callable[[int], Callable[..., Any]]) -> None:
+    seconds = []
+    for n in (100, 800):
+        graph = traced(make(n), randn(6, 16), randn(1, 16), randn(6, 16))
+        begin = time.process_time()
+        with gatefuse.record():
+            sites, _ = find_sites(graph)
+            seconds.append(time.process_time() - begin)
+        assert len(sites) == n
+    assert seconds[1] < 3 * 8 * seconds[0], f"{seconds}: quadratic would be 64 times"
