@@ -11,6 +11,8 @@ import contextlib
 import json
 import logging
 import os
+import re
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -142,14 +144,18 @@ class Report:
         return result
 
     def save(self, directory: str | Path) -> Path:
-        """Write ``report.json`` and each graph before and after its rewrite; returns the folder."""
+        """Write ``report.json`` and each graph before and after its rewrite; returns the folder.
+
+        Each file is written whole or not at all, and never through a link that stands in its place.
+        Raises OSError, also where ``directory`` itself is a link that leads nowhere.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        _write(folder / "report.json", json.dumps(self.to_dict(), indent=1))
         for g in self.graphs:
             for stage, text in (("before", g.before), ("after", g.after)):
                 if text is not None:
-                    (folder / f"{g.name}.{stage}.py").write_text(text + "\n")
+                    _write(folder / f"{g.name}.{stage}.py", text)
         return folder
 
     def __str__(self) -> str:
@@ -190,6 +196,33 @@ class Report:
         return "\n".join(lines)
 
 
+def _write(path: Path, text: str) -> None:
+    # A new file, under a name that did not exist, takes the place of whatever is at the path.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0o077))
+    return mask
+
+
+def dump(graph: GraphReport, directory: str | Path) -> None:
+    """Save one graph's report in a folder of its own, which must not be a link (OSError)."""
+    folder = Path(directory) / f"{os.getpid()}.{graph.name}"
+    if folder.is_symlink():
+        raise OSError(f"{folder.name} is a link")
+    Report([graph]).save(folder)
+
+
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
@@ -207,7 +240,7 @@ def location_of(node: Node) -> str | None:
         path, line, *scope = frames[-1].removeprefix("File ").split(", ")
         where = f"{Path(path.strip(chr(34))).name}:{line.removeprefix('line ')}"
     except ValueError:
-        return frames[-1]
+        return None
     return ", ".join([where, *scope])
 
 
@@ -350,4 +383,6 @@ def readable(graph: Graph, name: str) -> str | None:
         return None
     finally:
         graph.owning_module = owner  # making the module has changed it
+    # The source's lines are told by the names of their files, not by the user's folders.
+    text = re.sub(r"(?m)^(\s*# File: )\S*/", r"\1", text)
     return f"# {name}\n{text}"

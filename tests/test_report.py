@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gatefuse
+from gatefuse import report as report_module
 from tests.support.forms import addend_bias, linear, logit_returned, make_inputs
 from tests.support.harness import op_nodes, run_python
 
@@ -141,3 +144,59 @@ def test_depyf_shows_the_graphs(tmp_path: Path) -> None:
     after = [text for name, text in texts.items() if "after" in name]
     assert [op_nodes(text) for text in before] == [0]
     assert [op_nodes(text) for text in after] == [1]
+
+
+# --- what is written ----------------------------------------------------------------------------
+
+
+def saved(tmp_path: Path) -> gatefuse.Report:
+    with gatefuse.fusing() as report, torch.no_grad():
+        torch.compile(linear)(*make_inputs(linear))
+    report.save(tmp_path)
+    return report
+
+
+def test_files_are_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = saved(tmp_path)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert len(before) == 3
+
+    def full(descriptor: int, *args: Any, **kwargs: Any) -> Any:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    report.note = "changed"
+    with pytest.raises(OSError, match="no space"):
+        report.save(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_files_take_the_place_of_links(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "dump"
+    outside.write_text("precious")
+    folder.mkdir()
+    (folder / "report.json").symlink_to(outside)
+    saved(folder)
+    assert outside.read_text() == "precious"
+    assert not (folder / "report.json").is_symlink()
+
+
+def test_a_dump_follows_no_link(tmp_path: Path) -> None:
+    report = saved(tmp_path / "first")
+    outside, dump = tmp_path / "outside", tmp_path / "dump"
+    outside.mkdir()
+    dump.mkdir()
+    (dump / f"{os.getpid()}.{report.graphs[0].name}").symlink_to(outside)
+    with pytest.raises(OSError, match="is a link"):
+        report_module.dump(report.graphs[0], dump)
+    assert list(outside.iterdir()) == []
+
+
+def test_no_file_tells_the_users_folders(tmp_path: Path) -> None:
+    saved(tmp_path)
+    here = str(Path(__file__).parent)
+    for path in tmp_path.iterdir():
+        assert here not in path.read_text()
+    assert "# File: forms.py:" in next(tmp_path.glob("*.before.py")).read_text()

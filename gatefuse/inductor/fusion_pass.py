@@ -126,7 +126,7 @@ class GateFusionPass(CustomGraphPass):
         )
         if dump is not None:
             try:
-                report.Report([entry]).save(Path(dump) / f"{os.getpid()}.{entry.name}")
+                report.dump(entry, dump)
             except OSError as e:
                 log.warning("gatefuse: GATEFUSE_DUMP: %s", e)
         if phase in ("inference", "forward") and self.options.expect > 0:
