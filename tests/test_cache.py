@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from tests.support.harness import run_python
+from tests.support.programs import run_python
 
 CODE = """
 import json, sys
 import torch
 from torch._dynamo.utils import counters
 import gatefuse
-from tests.support.forms import Form, linear_bias
+from tests.support.form_table import Form
+from tests.support.forms import linear_bias
 
 arguments = json.loads(sys.argv[1])
 form = Form("", linear_bias, (arguments["rows"],), torch.bfloat16, grad=arguments["train"])

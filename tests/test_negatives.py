@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatefuse.inductor.match_gate import find_sites
+from tests.support.comparison import compile_and_compare
 from tests.support.forms import H, float_linear, linear, product_sum
-from tests.support.harness import compile_and_compare, find, op_nodes, post_grad_graph
+from tests.support.graphs import find, op_nodes, post_grad_graph
 
 HEADS = 4
 
