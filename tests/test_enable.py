@@ -7,7 +7,7 @@ import torch
 import torch._inductor.config as inductor_config
 
 import gatefuse
-from gatefuse import compat
+from gatefuse.inductor import hooks
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from tests.support.comparison import report_of
 from tests.support.forms import addend_first, linear, linear_bias, make_inputs
@@ -18,7 +18,7 @@ def test_enable_and_disable_are_idempotent() -> None:
     before = getattr(inductor_config, HOOK)
     gatefuse.enable()
     gatefuse.enable(placement="inline")
-    assert len(compat.passes_of(getattr(inductor_config, HOOK))) == 1
+    assert len(hooks.passes_of(getattr(inductor_config, HOOK))) == 1
     assert [site.placement for site in report_of().sites] == ["inline"]
     gatefuse.disable()
     gatefuse.disable()
@@ -60,7 +60,7 @@ def test_fusing_keeps_what_was_enabled() -> None:
     gatefuse.enable(placement="inline")
     with gatefuse.fusing(eager_rounding=True):
         pass
-    (kept,) = compat.passes_of(getattr(inductor_config, HOOK))
+    (kept,) = hooks.passes_of(getattr(inductor_config, HOOK))
     assert isinstance(kept, GateFusionPass)
     assert kept.options == gatefuse.Options(placement="inline")
 

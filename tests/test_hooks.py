@@ -10,7 +10,7 @@ import torch._inductor.config as inductor_config
 from torch.fx import Graph
 
 import gatefuse
-from gatefuse import compat
+from gatefuse.inductor import hooks
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from tests.support.comparison import report_of
 from tests.support.forms import addend_first
@@ -32,7 +32,7 @@ def test_other_passes_keep_running_in_order(as_list: bool) -> None:
         assert report_of().fused == 1
         assert log == [(name, 0) for name in ["pre", *expected]]
         gatefuse.disable()
-        assert compat.passes_of(getattr(inductor_config, HOOK)) == compat.passes_of(hook)
+        assert hooks.passes_of(getattr(inductor_config, HOOK)) == hooks.passes_of(hook)
         assert getattr(inductor_config, PRE_HOOK) is pre
         log.clear()
         assert report_of().fused == 0
@@ -57,7 +57,7 @@ def test_a_pass_added_behind_gatefuse_stays() -> None:
     hook = (
         [ours, Watcher("behind", log)]
         if takes_lists()
-        else compat.append_pass(ours, Watcher("behind", log))
+        else hooks.append_pass(ours, Watcher("behind", log))
     )
     with inductor_config.patch({HOOK: hook}):
         report_of()
@@ -75,7 +75,7 @@ def test_pass_on_the_pre_hook() -> None:
 def test_a_chain_of_passes_is_picklable_and_identified() -> None:
     log: list[tuple[str, int]] = []
     chains = [
-        compat._hook_of([Watcher(name, log), GateFusionPass()])
+        hooks._hook_of([Watcher(name, log), GateFusionPass()])
         if not takes_lists()
         else (Watcher(name, log), GateFusionPass())
         for name in ("a", "b")

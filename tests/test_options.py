@@ -8,6 +8,7 @@ import torch._inductor.config as inductor_config
 
 import gatefuse
 from gatefuse import compat
+from gatefuse.inductor import hooks
 from tests.support.comparison import BACKEND, report_of
 from tests.support.hooks import HOOK, Watcher
 from tests.support.programs import run_python
@@ -80,9 +81,9 @@ def test_options_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, options: gatefuse.Options
 ) -> None:
     monkeypatch.setenv(name, value)
-    (graph_pass,) = compat.passes_of(gatefuse.options()[HOOK])
+    (graph_pass,) = hooks.passes_of(gatefuse.options()[HOOK])
     assert graph_pass.options == options
-    (graph_pass,) = compat.passes_of(gatefuse.options(placement="inline", expect=0)[HOOK])
+    (graph_pass,) = hooks.passes_of(gatefuse.options(placement="inline", expect=0)[HOOK])
     assert (graph_pass.options.placement, graph_pass.options.expect) == ("inline", 0)
 
 
