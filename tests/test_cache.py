@@ -64,7 +64,6 @@ def run(
     done = run_python(
         CODE,
         json.dumps({"compilations": compilations, "train": train, "rows": rows}),
-        TORCHINDUCTOR_FORCE_DISABLE_CACHES="",
         TORCHINDUCTOR_CACHE_DIR=str(directory),
         TORCHINDUCTOR_FX_GRAPH_CACHE="1",
         TORCHINDUCTOR_AUTOGRAD_CACHE=str(int(autograd_cache)),

@@ -111,8 +111,13 @@ def environment(place: Path) -> Callable[[str], dict[str, str]]:
     """Variables of a process with vLLM, whose caches are in a directory of the given name."""
 
     def environment(caches: str) -> dict[str, str]:
-        variables = {k: v for k, v in os.environ.items() if not k.startswith("GATEFUSE_")}
-        variables.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)  # the suite's own setting
+        # GATEFUSE_*, and the suite's own settings of Inductor's caches, are not for engines.
+        variables = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("GATEFUSE_")
+            and k not in ("TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE")
+        }
         return variables | {
             "PYTHONPATH": os.pathsep.join([str(place / "site"), str(HERE)]),
             "HF_HUB_OFFLINE": "1",
