@@ -123,6 +123,8 @@ def environment(place: Path) -> Callable[[str], dict[str, str]]:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            # Else each process with a cache of its own builds Inductor's probes of the CPU anew.
+            "TORCHINDUCTOR_VEC_ISA_OK": "1",
             "VLLM_CACHE_ROOT": str(place / f"cache-{caches}" / "vllm"),
             "TORCHINDUCTOR_CACHE_DIR": str(place / f"cache-{caches}" / "inductor"),
         }
