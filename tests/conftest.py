@@ -1,4 +1,4 @@
-"""Shared set-up: deterministic seeds, a fresh Dynamo per test, caches off, the `gpu` marker."""
+"""Shared set-up: fixed seeds, a fresh Dynamo per test, no cached graphs, the `gpu` marker."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import logging
 import os
 from collections.abc import Iterator
 
-# Before torch is imported. A warm cache skips the pass, so only test_cache.py turns caches on, in
-# processes of its own. Two threads compile, one computes: the suite is made for two cores.
-os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+# Before torch is imported. A cached graph skips the pass, so only test_cache.py turns the caches of
+# graphs on, in processes of its own. What a compiler made of a kernel's text is kept for the next
+# test with the same text. Two threads compile, one computes: the suite is made for two cores.
+os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "0"
+os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith("GATEFUSE_")]:
@@ -47,7 +49,8 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _code_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiled C++ lives in a directory of this run: no test depends on an earlier run's files."""
-    os.environ.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor")
-    )
+    """Compiled C++ lives in a directory of this run, of all its workers: no test depends on an
+    earlier run's files."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))

@@ -12,7 +12,7 @@ import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 
 import gatefuse
-from tests.support.harness import BACKEND
+from tests.support.comparison import BACKEND
 
 H = 64
 ROWS = (1, 8, 4096)

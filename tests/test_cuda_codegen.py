@@ -14,8 +14,9 @@ from torch import Tensor
 
 import gatefuse
 from tests.support.cuda_codegen import Code, cuda_codegen, local_memory, on_cuda
-from tests.support.forms import BF16, FORMS, FP16, Form, addend_bias, linear, make_inputs
-from tests.support.harness import check_report
+from tests.support.form_table import BF16, FORMS, FP16, Form
+from tests.support.forms import addend_bias, linear, make_inputs
+from tests.support.reports import check_report
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.support.comparison import compile_and_compare, run_form
+from tests.support.cuda_rewrites import pad_products
+from tests.support.form_table import FORMS, Form
 from tests.support.forms import (
-    FORMS,
-    Form,
     addend_first,
     addend_transposed,
     input_transposed,
@@ -21,7 +22,8 @@ from tests.support.forms import (
     rows_then_3d,
     value_transposed,
 )
-from tests.support.harness import check_report, compile_and_compare, judge, pad_products, run_form
+from tests.support.judge import judge
+from tests.support.reports import check_report
 
 #: Forms with five or six rows, of each kind of linear that Inductor pads.
 _PADDED = ("2d-bf16", "3d-fp32", "bias-fp32", "bias-bf16", "bias-3d", "padded", "padded-addmm")

@@ -1,7 +1,12 @@
-"""The pass breaks no compilation: on an error the graph is as it was, and the report says so."""
+"""The pass breaks no compilation: on an error the graph is as it was, and the report says so.
+
+Its `uuid`, part of the key of Inductor's caches, changes with whatever changes its code.
+"""
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ import gatefuse
 from gatefuse import report as report_module
 from gatefuse.inductor import cost_model, fusion_pass, node_order, rewriter
 from gatefuse.inductor.fusion_pass import GateFusionPass
+from tests.support.comparison import compile_and_compare
 from tests.support.forms import (
     addend_bias,
     linear,
@@ -23,7 +29,8 @@ from tests.support.forms import (
     sum_of_two_gates,
     two_layers,
 )
-from tests.support.harness import compile_and_compare, op_nodes, post_grad_graph
+from tests.support.graphs import op_nodes, post_grad_graph
+from tests.support.programs import REPOSITORY, run_python
 
 #: Steps that fail, and forms in which they happen: only a graph that needs a logit is sorted.
 BROKEN = [
@@ -154,3 +161,45 @@ def test_large_results_on_the_cpu(
 
 def computed_input(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return linear(torch.tanh(x), w, v)
+
+
+def test_pass_is_picklable() -> None:
+    graph_pass = GateFusionPass(gatefuse.Options(placement="inline", expect=2))
+    copy = pickle.loads(pickle.dumps(graph_pass))
+    assert copy == graph_pass
+    assert copy.uuid() == graph_pass.uuid()
+
+
+def test_uuid_changes_with_options() -> None:
+    options = [
+        {},
+        {"placement": "inline"},
+        {"placement": "kernel"},
+        {"eager_rounding": True},
+        {"expect": 1},
+    ]
+    assert len({GateFusionPass(gatefuse.Options(**o)).uuid() for o in options}) == len(options)
+
+
+def test_uuid_changes_with_the_source(tmp_path: Path) -> None:
+    """One comment more in any module that decides what code is generated changes the uuid."""
+    shutil.copytree(REPOSITORY / "gatefuse", tmp_path / "gatefuse")
+    done = run_python(
+        """
+        import pathlib, sys
+        sys.path.insert(0, sys.argv[1])
+        from gatefuse.inductor import fusion_pass
+        inductor = pathlib.Path(fusion_pass.__file__).parent
+        assert inductor.is_relative_to(sys.argv[1])
+        uuid = fusion_pass.GateFusionPass().uuid()
+        for path in [*inductor.glob("*.py"), *inductor.parent.glob("*.py")]:
+            source = path.read_text()
+            path.write_text(source + "# changed\\n")
+            fusion_pass.sources_hash.cache_clear()
+            if fusion_pass.GateFusionPass().uuid() == uuid:
+                print(path.stem)
+            path.write_text(source)
+        """,
+        str(tmp_path),
+    )
+    assert not done.stdout

@@ -11,11 +11,9 @@ import torch._inductor.config as inductor_config
 from torch import Tensor
 
 import gatefuse
+from tests.support.comparison import BACKEND, compile_and_compare, run_form
+from tests.support.form_table import BF16, FORMS, FP16, Form
 from tests.support.forms import (
-    BF16,
-    FORMS,
-    FP16,
-    Form,
     addend_bias,
     addend_first,
     linear,
@@ -24,7 +22,8 @@ from tests.support.forms import (
     make_inputs,
     shared_expert_rows,
 )
-from tests.support.harness import BACKEND, check_report, compile_and_compare, judge, run_form
+from tests.support.judge import judge
+from tests.support.reports import check_report
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import gatefuse
 from gatefuse.inductor import hooks
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.hooks import POST_HOOK, PRE_HOOK
-from tests.support.harness import run_python
+from tests.support.programs import run_python
 
 
 class Own(CustomGraphPass):
@@ -136,7 +137,7 @@ def test_blocks_of_two_threads_leave_nothing() -> None:
     assert hooks.pass_on(getattr(config, POST_HOOK)) is None
 
 
-def test_an_unrelated_model_keeps_its_cache() -> None:
+def test_an_unrelated_model_keeps_its_cache(tmp_path: Path) -> None:
     """The key of Inductor's cache is as it was after gatefuse has come and gone."""
     code = """
         import torch, gatefuse
@@ -156,5 +157,10 @@ def test_an_unrelated_model_keeps_its_cache() -> None:
             torch.compile(lambda x: torch.tanh(x) * 3 + 1.25)(torch.randn(3, 7))
             print(counters["inductor"]["fxgraph_cache_hit"])
     """
-    done = run_python(code, TORCHINDUCTOR_FORCE_DISABLE_CACHES="", TORCHINDUCTOR_CACHE_DIR="")
+    done = run_python(
+        code,
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
+        TORCHINDUCTOR_FX_GRAPH_CACHE="1",
+        TORCHINDUCTOR_AUTOGRAD_CACHE="1",
+    )
     assert done.stdout.split()[1:] == ["1", "1"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.support.harness import run_python
+from tests.support.programs import run_python
 
 LIMIT = 0.050  # seconds, after `import torch`
 

@@ -14,8 +14,9 @@ from torch.fx import Graph, Node
 
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.match_gate import find_sites
-from tests.support.forms import FORMS, Form, addend_first
-from tests.support.harness import op_nodes, post_grad_graph
+from tests.support.form_table import FORMS, Form
+from tests.support.forms import addend_first
+from tests.support.graphs import op_nodes, post_grad_graph
 
 aten = torch.ops.aten
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import models
-from tests.support.harness import compile_and_compare, op_nodes
+from tests.support.comparison import compile_and_compare
+from tests.support.graphs import op_nodes
 
 BF16 = torch.bfloat16
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import gatefuse
-from tests.support.harness import BACKEND
+from tests.support.comparison import BACKEND
 
 
 def gate(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

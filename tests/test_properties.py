@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from tests.support.forms import H
-from tests.support.harness import judge, op_nodes
+from tests.support.graphs import op_nodes
+from tests.support.judge import judge
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import gatefuse
 from gatefuse import report as report_module
 from tests.support.forms import addend_bias, linear, logit_returned, make_inputs
-from tests.support.harness import op_nodes, run_python
+from tests.support.graphs import op_nodes
+from tests.support.programs import run_python
 
 
 def two_gates(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import gatefuse
-from tests.support.harness import compile_and_compare
+from tests.support.comparison import compile_and_compare
 
 BF16, FP16 = torch.bfloat16, torch.float16
 

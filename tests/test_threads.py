@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import gatefuse
-from tests.support.harness import BACKEND, run_python
+from tests.support.comparison import BACKEND
+from tests.support.programs import run_python
 
 
 def gate(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -58,7 +60,7 @@ def test_reports_nest() -> None:
     assert [inner.fused, outer.fused] == [1, 2]
 
 
-def test_graphs_that_another_thread_takes_from_the_cache_do_not_count() -> None:
+def test_graphs_that_another_thread_takes_from_the_cache_do_not_count(tmp_path: Path) -> None:
     code = """
         import threading, torch, gatefuse
         from tests.test_threads import compile_gate
@@ -75,5 +77,10 @@ def test_graphs_that_another_thread_takes_from_the_cache_do_not_count() -> None:
         assert own.from_cache, own
         print(first.fused, outer.fused, own.fused)
     """
-    done = run_python(code, TORCHINDUCTOR_FORCE_DISABLE_CACHES="", TORCHINDUCTOR_CACHE_DIR="")
+    done = run_python(
+        code,
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
+        TORCHINDUCTOR_FX_GRAPH_CACHE="1",
+        TORCHINDUCTOR_AUTOGRAD_CACHE="1",
+    )
     assert done.stdout.split() == ["1", "0", "1"]

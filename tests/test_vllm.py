@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from gatefuse import FusionError, Options
 from gatefuse.integrations.vllm import fusion_count, moe_runner, passes
-from tests.support.harness import run_python
+from tests.support.programs import run_python
 
 
 class Expert:

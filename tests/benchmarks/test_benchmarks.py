@@ -30,7 +30,7 @@ from benchmarks.workers import DeviceLock, spread
 from gatefuse import cli
 from gatefuse.bench.timing import COLD_FACTOR, Replay, Timing, cache_bytes, interleaved, plan
 from gatefuse.bench.workloads import CHAINS, Glue, call, make_set
-from tests.support.harness import run_python
+from tests.support.programs import run_python
 
 MODES = grid.MODES
 

@@ -111,13 +111,20 @@ def environment(place: Path) -> Callable[[str], dict[str, str]]:
     """Variables of a process with vLLM, whose caches are in a directory of the given name."""
 
     def environment(caches: str) -> dict[str, str]:
-        variables = {k: v for k, v in os.environ.items() if not k.startswith("GATEFUSE_")}
-        variables.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)  # the suite's own setting
+        # GATEFUSE_*, and the suite's own settings of Inductor's caches, are not for engines.
+        variables = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("GATEFUSE_")
+            and k not in ("TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE")
+        }
         return variables | {
             "PYTHONPATH": os.pathsep.join([str(place / "site"), str(HERE)]),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            # Else each process with a cache of its own builds Inductor's probes of the CPU anew.
+            "TORCHINDUCTOR_VEC_ISA_OK": "1",
             "VLLM_CACHE_ROOT": str(place / f"cache-{caches}" / "vllm"),
             "TORCHINDUCTOR_CACHE_DIR": str(place / f"cache-{caches}" / "inductor"),
         }

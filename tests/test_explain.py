@@ -1,0 +1,65 @@
+"""`gatefuse.explain`: what would be fused, and nothing left behind."""
+
+from __future__ import annotations
+
+import torch
+import torch._inductor.config as inductor_config
+from torch import Tensor, nn
+
+import gatefuse
+from tests.support.forms import Gate, H, linear, make_inputs
+from tests.support.hooks import HOOK
+
+
+def test_explain() -> None:
+    x, w, v = make_inputs(linear, grad=True)
+    compiled = torch.compile(linear)
+    compiled(x, w, v)
+    report = gatefuse.explain(linear, x, w, v)
+    assert {g.phase: g.fused for g in report.graphs}["forward"] == 1
+    assert {g.phase for g in report.graphs} == {"forward", "backward"}
+    assert x.grad is None
+    assert w.grad is None
+    assert getattr(inductor_config, HOOK) is None
+    with gatefuse.record() as later, torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(x, w, v)
+    assert not later.graphs
+
+
+def test_explain_of_a_call_that_goes_backward() -> None:
+    def step(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        loss = linear(x, w, v).sum()
+        loss.backward()
+        return loss
+
+    report = gatefuse.explain(step, *make_inputs(linear, grad=True))
+    assert {g.phase: g.fused for g in report.graphs}["forward"] == 1
+
+
+def test_explain_of_a_complex_result() -> None:
+    def wave(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return torch.complex(linear(x, w, v), v)
+
+    report = gatefuse.explain(wave, *make_inputs(linear, grad=True))
+    assert {g.phase: g.fused for g in report.graphs}["forward"] == 1
+    assert {g.phase for g in report.graphs} == {"forward", "backward"}
+
+
+def test_explain_of_a_module_that_has_compiled_itself() -> None:
+    model, inputs = Gate(), (torch.randn(5, H), torch.randn(5, H))
+    model.compile()
+    with torch.no_grad():
+        model(*inputs)
+        assert gatefuse.explain(model, *inputs).fused == 1
+        assert gatefuse.explain(torch.compile(Gate()), *inputs).fused == 1
+
+
+def test_explain_tells_of_rejections() -> None:
+    def scaled(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(3 * nn.functional.linear(x, w)) * v
+
+    with torch.no_grad():
+        report = gatefuse.explain(scaled, *make_inputs(linear))
+    (rejection,) = report.rejections
+    assert report.fused == 0
+    assert rejection.reason in str(report)
