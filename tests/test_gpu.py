@@ -253,3 +253,38 @@ def test_op_gradients_on_the_gpu() -> None:
         return gatefuse.linear_sigmoid_mul(x, w, v, b, r)
 
     assert torch.autograd.gradcheck(op, (x, w, v, b, r))
+
+
+@pytest.mark.parametrize("h", [2048, 4096, 7168])
+def test_batch_invariance(h: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's result is the same, bit for bit, alone and among many: compiled and eager."""
+    monkeypatch.setenv("GATEFUSE_BATCH_INVARIANT", "1")
+    x, v = (torch.randn(1024, h, device="cuda", dtype=BF16) for _ in range(2))
+    w = torch.randn(1, h, device="cuda", dtype=BF16) * h**-0.5
+
+    def gate(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(torch.nn.functional.linear(x, w)) * v
+
+    def compiled(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.reset()
+        options = {"gatefuse.placement": "kernel"}
+        return torch.compile(gate, backend=BACKEND, dynamic=False, options=options)(x, v)
+
+    def eager(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return gatefuse.linear_sigmoid_mul(x, w, v)
+
+    for run in (compiled, eager):
+        with torch.no_grad():
+            whole = run(x, v)
+            for rows in (1, 16, 256):
+                assert torch.equal(run(x[:rows], v[:rows]), whole[:rows])
+
+
+def test_autocast_as_the_unfused_gate_on_the_gpu() -> None:
+    x, v = (torch.randn(64, 256, device="cuda") for _ in range(2))
+    w = torch.randn(1, 256, device="cuda") / 16
+    with torch.autocast("cuda", torch.float16):
+        want = torch.sigmoid(torch.nn.functional.linear(x, w)) * v.half()
+        got = gatefuse.linear_sigmoid_mul(x, w, v.half())
+    assert got.dtype == want.dtype == torch.float16
+    torch.testing.assert_close(got, want, rtol=5e-3, atol=5e-3)
