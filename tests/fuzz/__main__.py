@@ -16,6 +16,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datetime
+import gc
 import json
 import logging
 import platform
@@ -57,7 +58,7 @@ def main() -> int:
         done += 1
         counts += result.counts
         if result.skipped:
-            skipped[result.skipped.strip().splitlines()[0][:100]] += 1
+            skipped[_reason(result.skipped)] += 1
         if result.problems:
             failures.append(result)
             print(failure(result, arguments.engine, arguments.device), flush=True)
@@ -100,8 +101,14 @@ def main() -> int:
 
 def quiet() -> None:
     """Cases that Dynamo refuses are skipped, without its pages about them."""
+    gc.set_threshold(50_000)
     warnings.simplefilter("ignore")
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+
+
+def _reason(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[1 if lines[0].endswith("raised:") and len(lines) > 1 else 0][:100]
 
 
 def machine(device: str) -> str:

@@ -251,7 +251,8 @@ class _Program:
         w = self.weight()
         if b.env[x].dtype != b.env[w].dtype and b.chance(0.8):
             x = b.let("x", f"{x}.to({w}.dtype)") or x
-        linear = b.rng.choice(list(steps.LINEARS.values()))
+        linears = list(steps.LINEARS.values())
+        linear = b.rng.choice(linears[: steps.PLAIN_LINEARS] if b.chance(0.5) else linears)
         table = w2 = bias = w
         if "{t}" in linear:
             table = self.weight(3)
@@ -283,9 +284,9 @@ class _Program:
         b = self.b
         while b.chance(probability):
             table, rough = steps.KEEPS, False
-            if b.chance(0.25):
+            if b.chance(0.2):
                 table = steps.CORRUPTS
-            elif b.chance(0.04):
+            elif b.chance(0.03):
                 table, rough = steps.COARSE, True
             step = b.rng.choice(list(table.values()))
             names = {"g": g}
@@ -314,7 +315,8 @@ class _Program:
             v = self.step(steps.VALUES, "v", v, v=v) or v
             yield
         yield
-        multiply = b.rng.choice(list(steps.MULTIPLIES.values()))
+        ways = list(steps.MULTIPLIES.values())
+        multiply = b.rng.choice(ways[: steps.PLAIN_MULTIPLIES] if b.chance(0.6) else ways)
         y = b.let("y", self._fill(multiply, v, g=g, v=v))
         y = y or b.let("y", f"{g}.reshape(*{v}.shape[:-1], 1) * {v}")
         if y is None:

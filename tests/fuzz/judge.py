@@ -63,8 +63,9 @@ def _of_form(a: Tensor, b: Tensor, strides: bool) -> str | None:
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
-    a, b = a.contiguous(), b.contiguous()
-    return torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    # Strides of size 1 are arbitrary, and a view as bytes wants them to be 1.
+    a, b = (t.clone(memory_format=torch.contiguous_format).flatten() for t in (a, b))
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _difference(a: Tensor, b: Tensor) -> str:

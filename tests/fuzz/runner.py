@@ -90,6 +90,7 @@ def _counts(case: Case, report: gatefuse.Report) -> Counter[str]:
             "sigmoids left alone": len(report.rejections),
         }
     )
+    counts.update(f"left alone: {_general(r.reason)}" for r in report.rejections)
     if not sites:
         return counts
     source = case.source()
@@ -115,7 +116,6 @@ def _counts(case: Case, report: gatefuse.Report) -> Counter[str]:
         " and an output twice": len(set(case.outputs)) < len(case.outputs),
     }
     counts.update(f"cases with a fused gate{name}" for name, present in features.items() if present)
-    counts.update(f"left alone: {_general(r.reason)}" for r in report.rejections)
     return counts
 
 

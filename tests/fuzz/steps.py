@@ -4,17 +4,21 @@ from __future__ import annotations
 
 __all__ = [
     "AFTER", "BETWEEN", "COARSE", "CORRUPTS", "DRAWS", "KEEPS", "LINEARS", "MULTIPLIES", "OTHER_GATES",
+    "PLAIN_LINEARS", "PLAIN_MULTIPLIES",
     "VALUES", "WEIGHTS", "WRITES",
 ]  # fmt: skip
+
+#: How many of the first LINEARS and MULTIPLIES are gates as models have them.
+PLAIN_LINEARS, PLAIN_MULTIPLIES = 6, 8
 
 #: The logit `{x} -> {z}` of an input [..., H]; weight {w} [1, H], table {t} [3, H], bias {b}.
 LINEARS = {
     "linear": "F.linear({x}, {w})",
-    "linear-2": "F.linear({x}, {w})",
-    "linear-3": "F.linear({x}, {w})",
     "bias": "F.linear({x}, {w}, {b}.reshape(1))",
-    "bias-2": "F.linear({x}, {w}, {b}.reshape(1))",
     "bias-after": "F.linear({x}, {w}) + {b}",
+    "rows": "{x}.reshape(-1, {x}.shape[-1]) @ {w}.t()",
+    "sum": "({x} * {w}.reshape(-1)).sum(-1, keepdim=True)",
+    "wide": "F.linear({x}.float(), {w}.float())",
     "bias-before": "{b} + {x} @ {w}.t()",
     "bias-twice": "F.linear({x}, {w}, {b}.reshape(1)) + {b}",
     "bias-scaled": "torch.add(F.linear({x}, {w}), {b}, alpha=2)",
@@ -23,21 +27,18 @@ LINEARS = {
     "matmul": "{x} @ {w}.t()",
     "mv": "{x} @ {w}.reshape(-1)",
     "mv-column": "({x} @ {w}.reshape(-1)).unsqueeze(-1)",
-    "rows": "{x}.reshape(-1, {x}.shape[-1]) @ {w}.t()",
     "addmm": "torch.addmm({b}.reshape(1), {x}.reshape(-1, {x}.shape[-1]), {w}.t())",
     "addmm-scaled": "torch.addmm({b}.reshape(1), {x}.reshape(-1, {x}.shape[-1]), {w}.t(), beta=0.5)",
     "addmm-alpha": "torch.addmm({b}.reshape(1), {x}.reshape(-1, {x}.shape[-1]), {w}.t(), alpha=0.5)",
     "bmm": "torch.bmm({x}.reshape(1, -1, {x}.shape[-1]), {w}.t().unsqueeze(0))",
     "bmm-batches": "torch.bmm({x}.reshape({x}.shape[0], -1, {x}.shape[-1]),"
     " {w}.t().expand({x}.shape[0], -1, -1))",
-    "sum": "({x} * {w}.reshape(-1)).sum(-1, keepdim=True)",
     "sum-flat": "({x} * {w}).sum(-1)",
     "sum-wide": "({x}.float() * {w}.float()).sum(-1, keepdim=True).to({x}.dtype)",
     "sum-rows": "({x}.reshape(-1, {x}.shape[-1]) * {w}).sum(1, True)",
     "sum-other-dim": "({x} * {w}.reshape(-1)).sum(0, keepdim=True)",
     "sum-all": "({x} * {w}.reshape(-1)).sum().reshape(1)",
     "einsum": "torch.einsum('...h,oh->...o', {x}, {w})",
-    "wide": "F.linear({x}.float(), {w}.float())",
     "wide-bias": "F.linear({x}.float(), {w}.float(), {b}.reshape(1).float()).to({x}.dtype)",
     "of-table": "F.linear({x}, {t}[1:2])",
     "column-of-table": "F.linear({x}, {t})[..., 1:2]",
@@ -118,18 +119,15 @@ COARSE = {
 #: Products of a gate {g}, one per row, with a value {v} [..., D]; {r} is of the value's shape.
 MULTIPLIES = {
     "gate-first": "{g}.reshape(*{v}.shape[:-1], 1) * {v}",
-    "gate-first-2": "{g}.reshape(*{v}.shape[:-1], 1) * {v}",
     "value-first": "{v} * {g}.reshape(*{v}.shape[:-1], 1)",
-    "value-first-2": "{v} * {g}.reshape(*{v}.shape[:-1], 1)",
-    "as-is": "{g} * {v}",
-    "as-is-2": "{v} * {g}",
-    "mul-out-of-place": "torch.mul({v}, {g}.reshape(*{v}.shape[:-1], 1))",
+    "mul-function": "torch.mul({v}, {g}.reshape(*{v}.shape[:-1], 1))",
     "cast": "{g}.to({v}.dtype).reshape(*{v}.shape[:-1], 1) * {v}",
     "cast-back": "({g}.float().reshape(*{v}.shape[:-1], 1) * {v}.float()).to({v}.dtype)",
     "expand-as": "{g}.reshape(*{v}.shape[:-1], 1).expand_as({v}) * {v}",
-    "repeat": "{g}.reshape(-1, 1).repeat(1, {v}.shape[-1]).reshape({v}.shape) * {v}",
     "in-place": "{v}.clone().mul_({g}.reshape(*{v}.shape[:-1], 1))",
     "unsqueezed": "{g}.reshape({v}.shape[:-1]).unsqueeze(-1) * {v}",
+    "as-is": "{g} * {v}",
+    "repeat": "{g}.reshape(-1, 1).repeat(1, {v}.shape[-1]).reshape({v}.shape) * {v}",
     "addcmul": "torch.addcmul({r}, {g}.reshape(*{v}.shape[:-1], 1), {v})",
     "einsum": "torch.einsum('n,nd->nd', {g}.reshape(-1), {v}.reshape(-1, {v}.shape[-1]))",
     "lerp": "{g}.reshape(*{v}.shape[:-1], 1) * {v} + (1 - {g}.reshape(*{v}.shape[:-1], 1)) * {r}",
