@@ -65,8 +65,8 @@ def main() -> int:
             if arguments.stop:
                 break
         if done % 200 == 0:
-            seconds = time.monotonic() - start
-            print(f"{done} cases, {len(failures)} failed, {done / seconds:.1f} a second", flush=True)
+            rate = done / (time.monotonic() - start)
+            print(f"{done} cases, {len(failures)} failed, {rate:.1f} a second", flush=True)
     seconds = time.monotonic() - start
     fused = counts["cases with a fused gate"]
     enough = fused >= LEAST_FUSED * done or done < 50
@@ -120,7 +120,8 @@ def machine(device: str) -> str:
 def failure(result: Result, engine: str, device: str) -> str:
     options = f"--engine {engine}" + ("" if device == "cpu" else f" --device {device}")
     lines = "\n".join(f"  {problem}" for problem in result.problems)
-    return f"FAILED {result.id}\n{lines}\n  replay: python -m tests.fuzz {options} --case {result.id}"
+    command = f"python -m tests.fuzz {options} --case {result.id}"
+    return f"FAILED {result.id}\n{lines}\n  replay: {command}"
 
 
 def replay(name: str, engine: str, device: str) -> int:

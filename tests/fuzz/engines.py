@@ -70,7 +70,8 @@ def _call(
     """Call the program once, differentiate it where the case says so, and note all of it."""
     case = loaded.case
     arguments = [tensors[name] for name in case.arguments]
-    held = dict(zip(case.arguments, arguments)) | {name: getattr(state, name) for name in case.state}
+    held = dict(zip(case.arguments, arguments))
+    held |= {name: getattr(state, name) for name in case.state}
     with torch.set_grad_enabled(case.grad):
         outputs = run(*arguments)
     found: list[tuple[str, Tensor | None]] = [
@@ -99,7 +100,9 @@ def _gradients(
         * case.rough.isdisjoint(name.split("."))
         for name, t in roots.items()
     ]
-    gradients = torch.autograd.grad(list(roots.values()), list(leaves.values()), cotangents, allow_unused=True)
+    gradients = torch.autograd.grad(
+        list(roots.values()), list(leaves.values()), cotangents, allow_unused=True
+    )
     return [(f"{call} gradient of {name}", g) for name, g in zip(leaves, gradients)]
 
 
@@ -177,7 +180,7 @@ def _settings(case: Case) -> Iterator[None]:
         stack.enter_context(torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True))
         # How long a guard takes: a tenth of the time to compile a small program.
         stack.enter_context(
-            mock.patch("torch._dynamo.guards.profile_guard_manager", lambda *_, **__: 0.0)
+            mock.patch("torch._dynamo.guards.profile_guard_manager", return_value=0.0)
         )
         if case.coordinate_descent:
             stack.enter_context(emulate_coordinate_descent())

@@ -1,4 +1,4 @@
-"""Decides what a random program is made of: ``generate(seed, index)`` always makes the same case."""
+"""Decides what a random program is made of; ``generate(seed, index)`` is always the same."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tests.fuzz.engines import Compiled, Outcome, run_eagerly
+from tests.fuzz.engines import Compiled, run_eagerly
 from tests.fuzz.programs import Loaded
 from tests.fuzz.rounding import Perturbed
 from tests.support.harness import judge
@@ -48,7 +48,7 @@ def problems(loaded: Loaded, compiled: Compiled, strides_of_gradients: bool) -> 
             elif not _identical(a, b):
                 exact = not a.is_floating_point() or name.split()[-1] in loaded.case.draws
                 if exact or report.fused == 0:
-                    found.append(f"{name}: {_difference(a, b)}, though nothing there is fused")
+                    found.append(f"{name}: {_difference(a, b)}, must be the same bit for bit")
                 elif loaded.case.rough.isdisjoint(name.replace(".", " ").split()):
                     found += _of_value(loaded, compiled, i)
     return found
@@ -100,9 +100,7 @@ def _of_value(loaded: Loaded, compiled: Compiled, i: int) -> list[str]:
     return [message]
 
 
-def _candidates(
-    loaded: Loaded, compiled: Compiled, i: int
-) -> tuple[Tensor, Iterator[Tensor]]:
+def _candidates(loaded: Loaded, compiled: Compiled, i: int) -> tuple[Tensor, Iterator[Tensor]]:
     """The reference in float64, and results that are right but for their roundings."""
     case, plain = loaded.case, compiled.plain.tensors[i]
     assert plain is not None
@@ -132,5 +130,3 @@ def _same_specials(*tensors: Tensor) -> bool:
     kinds = [t.double().where(~torch.isfinite(t), 0).nan_to_num(3, 1, -1) for t in tensors]
     fused, others = kinds[0], torch.stack(kinds[1:])
     return bool((fused == others).any(0).all())
-
-

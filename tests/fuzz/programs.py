@@ -30,6 +30,7 @@ DTYPES = {
     "torch.float16": torch.float16,
     "torch.float64": torch.float64,
 }
+_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
 _NAME = re.compile(r"\b[a-z]+\d+\b")
 
 
@@ -116,11 +117,8 @@ class Case:
 
     def text(self) -> str:
         """Everything that a reader needs to see what the case is."""
-        shown = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("input_lines", "lines", "arguments", "state", "outputs", "rough") and value
-        }
+        shown_below = ("input_lines", "lines", "arguments", "state", "outputs", "rough")
+        shown = {k: v for k, v in vars(self).items() if v and k not in shown_below}
         return f"# {shown}\n{self.source()}"
 
 
@@ -247,16 +245,22 @@ class Builder:
     ) -> str | None:
         """A new name for the value of an expression, or None where it has no useful one."""
         name = self.name(letter)
+        # By name: in float64, where all dtypes are one, a cast is still to copy.
+        expression = re.sub(
+            r"\b([a-z]+\d+)\.dtype", lambda m: str(self.env[m[1]].dtype), expression
+        )
         line = Line(f"{name} = {expression}", draws)
         try:
             with self._context():
                 value = eval(expression, self.env)
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, NotImplementedError):
+        except _REFUSALS:
             return None
         if not isinstance(value, Tensor) or not self._useful(value):
             return None
         if draws and value.requires_grad:
             return None
+        if re.search(r"\.(to|float)\(", expression) and self._shares_memory(value):
+            return None  # a cast to the same dtype is an alias, in float64 a copy
         self.env[name] = value
         self.lines.append(line)
         if rough or not self.rough.isdisjoint(line.names()):
@@ -270,7 +274,7 @@ class Builder:
         try:
             with self._context():
                 exec(statement, self.env)
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
+        except _REFUSALS:
             for n, t in before.items():
                 with torch.no_grad(), contextlib.suppress(RuntimeError):
                     self.env[n].copy_(t)
@@ -282,6 +286,10 @@ class Builder:
                       if t.untyped_storage().data_ptr() == storage]  # fmt: skip
             self.rough.update(shared)
         return True
+
+    def _shares_memory(self, value: Tensor) -> bool:
+        storage = value.untyped_storage().data_ptr()
+        return any(t.untyped_storage().data_ptr() == storage for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
         return {n: t for n, t in self.env.items() if isinstance(t, Tensor)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
-    "AFTER", "BETWEEN", "COARSE", "CORRUPTS", "DRAWS", "KEEPS", "LINEARS", "MULTIPLIES", "OTHER_GATES",
-    "PLAIN_LINEARS", "PLAIN_MULTIPLIES",
+    "AFTER", "BETWEEN", "COARSE", "CORRUPTS", "DRAWS", "KEEPS", "LINEARS", "MULTIPLIES",
+    "OTHER_GATES", "PLAIN_LINEARS", "PLAIN_MULTIPLIES",
     "VALUES", "WEIGHTS", "WRITES",
 ]  # fmt: skip
 
@@ -28,8 +28,10 @@ LINEARS = {
     "mv": "{x} @ {w}.reshape(-1)",
     "mv-column": "({x} @ {w}.reshape(-1)).unsqueeze(-1)",
     "addmm": "torch.addmm({b}.reshape(1), {x}.reshape(-1, {x}.shape[-1]), {w}.t())",
-    "addmm-scaled": "torch.addmm({b}.reshape(1), {x}.reshape(-1, {x}.shape[-1]), {w}.t(), beta=0.5)",
-    "addmm-alpha": "torch.addmm({b}.reshape(1), {x}.reshape(-1, {x}.shape[-1]), {w}.t(), alpha=0.5)",
+    "addmm-scaled": "torch.addmm({b}.reshape(1), {x}.reshape(-1, {x}.shape[-1]), {w}.t(),"
+    " beta=0.5)",
+    "addmm-alpha": "torch.addmm({b}.reshape(1), {x}.reshape(-1, {x}.shape[-1]), {w}.t(),"
+    " alpha=0.5)",
     "bmm": "torch.bmm({x}.reshape(1, -1, {x}.shape[-1]), {w}.t().unsqueeze(0))",
     "bmm-batches": "torch.bmm({x}.reshape({x}.shape[0], -1, {x}.shape[-1]),"
     " {w}.t().expand({x}.shape[0], -1, -1))",
@@ -44,7 +46,8 @@ LINEARS = {
     "column-of-table": "F.linear({x}, {t})[..., 1:2]",
     "first-of-table": "F.linear({x}, {t})[..., :1]",
     "unbound": "F.linear({x}, {t}).unbind(-1)[1]",
-    "padded": "(F.pad({x}.reshape(-1, {x}.shape[-1]), (0, 8)) @ F.pad({w}.t(), (0, 7, 0, 8)))[:, :1]",
+    "padded": "(F.pad({x}.reshape(-1, {x}.shape[-1]), (0, 8))"
+    " @ F.pad({w}.t(), (0, 7, 0, 8)))[:, :1]",
     "padded-ones": "(F.pad({x}.reshape(-1, {x}.shape[-1]), (0, 8), value=1.0)"
     " @ F.pad({w}.t(), (0, 7, 0, 8), value=0.5))[:, :1]",
     "affine": "F.linear({x}, {w}) * 2 - 0.5",
@@ -110,7 +113,8 @@ CORRUPTS = {
 
 #: Steps whose value jumps: a rounding above them may change what they return by much.
 COARSE = {
-    "relu-sign": "{g}.sign()",
+    "sign": "{g}.sign()",
+    "relu": "{g}.relu()",
     "round": "{g}.round()",
     "float8": "{g}.to(torch.float8_e5m2).to({g}.dtype)",
     "integer": "({g} * 3).to(torch.int32).to({g}.dtype)",
@@ -202,20 +206,23 @@ BETWEEN = {
     "routed": "{z}.sigmoid() / ({z}.sigmoid().sum(-1, keepdim=True) + 1)",
 }
 
-#: Random draws. Some wait for a logit {z} or a gated value {v}, whose values have no influence.
+#: Random draws. Some wait for a logit {z} or a gated value {v}, whose values have no influence (Inductor folds a
+#: product with 0; Poisson and multinomial draws alone stay calls).
 DRAWS = {
     "rand": "torch.rand({shape}, dtype={dtype}, device={device})",
     "randn": "torch.randn({shape}, dtype={dtype}, device={device})",
     "randint": "torch.randint(0, 9, {shape}, device={device})",
     "rand-like": "torch.rand_like({v}, dtype={dtype})",
     "dropout": "F.dropout(torch.ones_like({v}), 0.5, True)",
-    "bernoulli": "torch.bernoulli(({z}.detach() * 0).nan_to_num() + 0.5)",
-    "bernoulli-value": "torch.bernoulli(({v}.detach() * 0).nan_to_num() + 0.5)",
-    "poisson": "torch.poisson(({z}.detach() * 0).nan_to_num() + 3)",
-    "poisson-2": "torch.poisson(({z}.detach().float() * 0).nan_to_num() + 3)",
-    "normal": "torch.normal(({z}.detach() * 0).nan_to_num(), 1.0)",
+    "bernoulli": "torch.bernoulli({z}.detach().nan_to_num().clamp(0.5, 0.5))",
+    "poisson": "torch.poisson({z}.detach().nan_to_num().clamp(3, 3))",
+    "poisson-2": "torch.poisson({z}.detach().float().nan_to_num().clamp(3, 3))",
+    "normal": "torch.normal({z}.detach().nan_to_num().clamp(0, 0), 1.0)",
+    "poisson-3": "torch.poisson({zr}.detach().nan_to_num().clamp(3, 3).expand({v}.shape))",
+    "poisson-value": "torch.poisson({v}.detach().nan_to_num().clamp(3, 3))",
     "randperm": "torch.randperm({rows}, device={device})",
-    "multinomial": "torch.multinomial(({z}.detach().reshape(-1).float() * 0).nan_to_num() + 1, 4, True)",
+    "multinomial": "torch.multinomial({z}.detach().reshape(-1).float().nan_to_num()"
+    ".clamp(1, 1), 4, True)",
 }  # fmt: skip
 
 #: Writes to an input or an intermediate {v}.
