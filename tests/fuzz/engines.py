@@ -7,7 +7,6 @@ without; ATen runs both. full: Inductor generates code, twice.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gatefuse
+from tests.fuzz.inject import Inject
 from tests.fuzz.programs import Case, Loaded
 from tests.fuzz.rounding import Perturbed
 from tests.support.harness import _Float64, emulate_coordinate_descent, pad_products
@@ -202,15 +202,14 @@ def _compile(loaded: Loaded, **arguments: Any) -> tuple[Any, Any]:
 
 def run_fast(loaded: Loaded) -> Compiled:
     case = loaded.case
-    fork = _Fork(case)
+    fork = _Fork(case, loaded.device)
     with _settings(case), gatefuse.record() as report:
         run, module = _compile(loaded, backend=fork)
         outcomes = []
-        with _poisoned(loaded.device):
-            with _not_our_fault(fork):
-                outcomes.append(_run_compiled(loaded, run, module))
-            fork.fused = True
+        with _not_our_fault(fork):
             outcomes.append(_run_compiled(loaded, run, module))
+        fork.fused = True
+        outcomes.append(_run_compiled(loaded, run, module))
 
         def perturbed(seed: int) -> Outcome:
             fork.fused, fork.seed = False, seed
@@ -246,8 +245,9 @@ def _poisoned(device: str) -> Iterator[None]:
 class _Fork:
     """A backend: makes each graph as Inductor does, with the pass and without, and runs one."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str) -> None:
         self.case = case
+        self.device = device
         self.fused = False
         self.seed: int | None = None
         self.error: Exception | None = None
@@ -281,7 +281,8 @@ class _Fork:
                 variants.append(variant)
 
         def run(args: list[Any]) -> Any:
-            with contextlib.nullcontext() if self.seed is None else Perturbed(self.seed):
+            rounding = contextlib.nullcontext() if self.seed is None else Perturbed(self.seed)
+            with _poisoned(self.device), rounding:
                 return variants[self.fused](*args)
 
         run._boxed_call = True  # type: ignore[attr-defined]
@@ -308,42 +309,6 @@ class _Sequence:
 
     def uuid(self) -> None:
         return None  # never cached
-
-
-class Inject:
-    """Writes to values in the middle of a graph, as passes and custom operators leave them; the
-    same ones in every copy of the graph. AOTAutograd puts a program's own writes at its end."""
-
-    def __init__(self, seed: int | None) -> None:
-        self.seed = seed
-
-    def __call__(self, graph: Graph) -> None:
-        if self.seed is None:
-            return
-        aten = torch.ops.aten
-        rng = random.Random(self.seed)
-        for _ in range(rng.choice((1, 1, 2, 3))):
-            nodes = list(graph.nodes)
-            writable = [i for i, n in enumerate(nodes) if _is_writable(n.meta.get("val"))]
-            if not writable:
-                return
-            i = rng.choice(writable)
-            last = len(nodes) - 2  # before the output
-            first = max(i, max((k for k, n in enumerate(nodes) if n.op == "placeholder")))
-            if first > last:
-                continue
-            with graph.inserting_after(nodes[rng.randint(first, last)]):
-                target, args = rng.choice(
-                    [(aten.mul_.Tensor, (0.5,)), (aten.add_.Tensor, (1,)), (aten.zero_.default, ())]
-                )
-                node = graph.call_function(target, (nodes[i], *args))
-                node.meta["val"] = nodes[i].meta["val"]
-
-
-def _is_writable(val: Any) -> bool:
-    if not isinstance(val, Tensor) or not val.is_floating_point() or not val.dim():
-        return False
-    return all(s != 0 for s, n in zip(val.stride(), val.shape) if n != 1)
 
 
 def _seed_draws(module: GraphModule) -> None:

@@ -98,16 +98,23 @@ def _settings(rng: random.Random, seed: int, index: int) -> tuple[Case, tuple[st
 
 def _attempt(rng: random.Random, seed: int, index: int) -> Case | None:
     case, lead, dtype = _settings(rng, seed, index)
+    tangled = rng.random() < 0.2
+    if tangled:  # gates that wait for each other's logits, and draws in between
+        case = replace(case, inductor=case.inductor | {"fallback_random": True})
     b = Builder(rng, case, lead, dtype)
     width = rng.choice(_WIDTHS)
     if b.chance(0.01):
         width = rng.choice((0, 8192))
     same = b.chance(0.6)
-    program = _Program(b, width, width if same else rng.choice(_WIDTHS))
+    program = _Program(b, width, width if same else rng.choice(_WIDTHS), tangled)
     if "n" in lead and case.sizes[0] > 1 and not case.grad and b.chance(0.05):
         program.select_rows()
-    threads: list[Iterator[None]] = [program.gate() for _ in range(rng.choice((1, 1, 2, 2, 3, 4)))]
-    threads += [program.noise() for _ in range(rng.choice((0, 0, 1, 2, 3, 4)))]
+    threads: list[Iterator[None]] = [
+        program.gate() for _ in range(rng.choice((2, 2, 3) if tangled else (1, 1, 2, 2, 3, 4)))
+    ]
+    threads += [
+        program.noise() for _ in range(rng.choice((1, 2, 2) if tangled else (0, 0, 1, 2, 3, 4)))
+    ]
     current = rng.choice(threads)
     while threads:
         if current not in threads or b.chance(0.35):
@@ -121,8 +128,9 @@ def _attempt(rng: random.Random, seed: int, index: int) -> Case | None:
 class _Program:
     """Grows gates and noise; each of its iterators yields where another may go on."""
 
-    def __init__(self, b: Builder, width: int, value_width: int) -> None:
+    def __init__(self, b: Builder, width: int, value_width: int, tangled: bool) -> None:
         self.b = b
+        self.tangled = tangled
         self.width = width
         self.value_width = value_width
         self.selection = ""
@@ -243,7 +251,7 @@ class _Program:
 
     def gate(self) -> Iterator[None]:
         b = self.b
-        if b.chance(0.12):
+        if b.chance(0.12) and not self.tangled:
             yield from self._other_gate()
             return
         x = self.x()
@@ -282,7 +290,7 @@ class _Program:
     def _between(self, g: str, probability: float) -> str:
         """Steps that keep the rows, and now and then one that does not."""
         b = self.b
-        while b.chance(probability):
+        while b.chance(probability) and not self.tangled:
             table, rough = steps.KEEPS, False
             if b.chance(0.2):
                 table = steps.CORRUPTS
@@ -311,6 +319,8 @@ class _Program:
     def _multiply(self, g: str) -> Iterator[None]:
         b = self.b
         v = self.rows_of(self.value_width)
+        if self.tangled and b.chance(0.6):
+            v = b.let("v", self._fill(steps.VALUES["of-logit"], v, v=v)) or v
         while b.chance(0.3):
             v = self.step(steps.VALUES, "v", v, v=v) or v
             yield
@@ -358,6 +368,8 @@ class _Program:
         b = self.b
         v = self.rows_of(self.value_width)
         draw = b.rng.choice(list(steps.DRAWS.values()))
+        if self.tangled:
+            draw = steps.DRAWS[b.rng.choice(("poisson", "poisson-3", "rand-like", "rand-like"))]
         drawn = b.let("d", self._fill(draw, v, v=v), draws=True)
         if drawn is None:
             return

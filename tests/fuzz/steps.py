@@ -206,8 +206,8 @@ BETWEEN = {
     "routed": "{z}.sigmoid() / ({z}.sigmoid().sum(-1, keepdim=True) + 1)",
 }
 
-#: Random draws. Some wait for a logit {z} or a gated value {v}, whose values have no influence (Inductor folds a
-#: product with 0; Poisson and multinomial draws alone stay calls).
+#: Random draws. Some wait for a logit {z} or a value {v}, whose numbers have no influence (Inductor
+#: would fold a product with 0). Of those only Poisson and multinomial draws stay calls.
 DRAWS = {
     "rand": "torch.rand({shape}, dtype={dtype}, device={device})",
     "randn": "torch.randn({shape}, dtype={dtype}, device={device})",
