@@ -27,7 +27,8 @@ import torch
 import gatefuse
 from tests.fuzz.engines import ENGINES
 from tests.fuzz.generate import generate
-from tests.fuzz.runner import LEAST_FUSED, Result, run_case, run_cases, shrink
+from tests.fuzz.runner import LEAST_FUSED, Result, run_case, run_cases
+from tests.fuzz.shrinking import shrink
 
 
 def main() -> int:

@@ -259,14 +259,15 @@ class _Fork:
         return compile_fx(module, inputs, inner_compile=self._compile)
 
     def _compile(self, module: GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
-        from torch._dynamo.utils import detect_fake_mode
-        from torch._inductor.compile_fx import _recursive_post_grad_passes
+        from torch._inductor.compile_fx import _recursive_post_grad_passes, fake_tensor_prop
         from torch._inductor.fx_passes.post_grad import view_to_reshape
         from torch._inductor.virtualized import V
 
         variants = []
-        with V.set_fake_mode(detect_fake_mode(inputs)):
-            view_to_reshape(module)
+        view_to_reshape(module)
+        with torch.no_grad():
+            fake_mode = fake_tensor_prop(module, inputs)
+        with V.set_fake_mode(fake_mode):
             for ours in ([], [self.passes]):
                 variant = _copied(module)
                 passes = [Inject(self.case.inject), *ours]

@@ -24,12 +24,6 @@ from tests.fuzz.inputs import Make
 
 __all__ = ["Case", "Line", "Loaded"]
 
-DTYPES = {
-    "torch.float32": torch.float32,
-    "torch.bfloat16": torch.bfloat16,
-    "torch.float16": torch.float16,
-    "torch.float64": torch.float64,
-}
 _REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
 _NAME = re.compile(r"\b[a-z]+\d+\b")
 

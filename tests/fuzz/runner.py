@@ -9,15 +9,15 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import gatefuse
-from tests.fuzz.engines import ENGINES, Unusable, run_eagerly
+from tests.fuzz.engines import ENGINES, Unusable
 from tests.fuzz.generate import generate
 from tests.fuzz.judge import problems
 from tests.fuzz.programs import Case, Loaded
 
-__all__ = ["LEAST_FUSED", "Result", "run_case", "run_cases", "shrink"]
+__all__ = ["LEAST_FUSED", "Result", "run_case", "run_cases"]
 
 LEAST_FUSED = 0.3
 """The share of cases with a fused gate below which a run proves nothing."""
@@ -121,53 +121,3 @@ def _counts(case: Case, report: gatefuse.Report) -> Counter[str]:
 
 def _general(reason: str) -> str:
     return re.sub(r"\(.*?\)|\[.*?\]|\d+", "#", reason)
-
-
-def shrink(case: Case, engine: str, device: str = "cpu", limit: int = 60) -> Case:
-    """The case without what it fails without."""
-
-    def fails(smaller: Case) -> bool:
-        nonlocal limit
-        loaded = Loaded(smaller, "cpu")
-        try:
-            run_eagerly(loaded, drawn=None)
-        except Exception:
-            return False
-        finally:
-            loaded.forget()
-        limit -= 1
-        return bool(run_case(smaller, engine, device).problems)
-
-    progress = True
-    while progress and limit > 0:
-        progress = False
-        for smaller in _smaller(case):
-            if limit > 0 and fails(smaller):
-                case, progress = smaller, True
-                break
-    return case
-
-
-def _smaller(case: Case) -> Iterator[Case]:
-    for name in ("autocast", "checkpoint", "coordinate_descent", "padded_products"):
-        if getattr(case, name):
-            yield replace(case, **{name: False})
-    if len(case.sizes) > 1:
-        yield replace(case, sizes=case.sizes[:1])
-    for i in range(len(case.outputs)) if len(case.outputs) > 1 else ():
-        yield _pruned(replace(case, outputs=case.outputs[:i] + case.outputs[i + 1 :]))
-    for i in reversed(range(len(case.lines))):
-        lines = case.lines[:i] + case.lines[i + 1 :]
-        yield _pruned(replace(case, lines=lines))
-
-
-def _pruned(case: Case) -> Case:
-    """Without lines that make what nothing uses."""
-    lines = list(case.lines)
-    for i in reversed(range(len(lines))):
-        later = {name for line in lines[i + 1 :] for name in line.names()} | {
-            name for output in case.outputs for name in output.split(".")
-        }
-        if lines[i].target and lines[i].target not in later and not lines[i].draws:
-            del lines[i]
-    return replace(case, lines=tuple(lines))
