@@ -22,10 +22,9 @@ from gatefuse.inductor import fx_utils, rewriter
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.node_order import Order
 from tests.fuzz import steps
-from tests.fuzz.__main__ import failure
 from tests.fuzz.generate import generate
 from tests.fuzz.programs import Case, Line
-from tests.fuzz.runner import LEAST_FUSED, run_case
+from tests.fuzz.runner import LEAST_FUSED, failure, run_case
 from tests.fuzz.shrinking import shrink
 from tests.support.forms import H
 from tests.support.harness import judge, op_nodes

@@ -27,7 +27,7 @@ import torch
 import gatefuse
 from tests.fuzz.engines import ENGINES
 from tests.fuzz.generate import generate
-from tests.fuzz.runner import LEAST_FUSED, Result, run_case, run_cases
+from tests.fuzz.runner import LEAST_FUSED, Result, failure, run_case, run_cases
 from tests.fuzz.shrinking import shrink
 
 
@@ -116,13 +116,6 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()}, {os.cpu_count()} cores"
-
-
-def failure(result: Result, engine: str, device: str) -> str:
-    options = f"--engine {engine}" + ("" if device == "cpu" else f" --device {device}")
-    lines = "\n".join(f"  {problem}" for problem in result.problems)
-    command = f"python -m tests.fuzz {options} --case {result.id}"
-    return f"FAILED {result.id}\n{lines}\n  replay: {command}"
 
 
 def replay(name: str, engine: str, device: str) -> int:

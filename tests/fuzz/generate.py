@@ -243,11 +243,14 @@ class _Program:
         b = self.b
         while b.chance(probability) and not self.tangled:
             table, rough = steps.KEEPS, False
-            if b.chance(0.2):
+            if b.chance(0.25):
                 table = steps.CORRUPTS
             elif b.chance(0.03):
                 table, rough = steps.COARSE, True
-            step = b.rng.choice(list(table.values()))
+            known = list(table.values())
+            if table is steps.CORRUPTS and b.chance(0.5):
+                known = known[: steps.ROW_MOVERS]
+            step = b.rng.choice(known)
             names = {"g": g}
             if "{perm}" in step:
                 rows = self._known_rows().numel()

@@ -17,7 +17,7 @@ from tests.fuzz.generate import generate
 from tests.fuzz.judge import problems
 from tests.fuzz.programs import Case, Loaded
 
-__all__ = ["LEAST_FUSED", "Result", "run_case", "run_cases"]
+__all__ = ["LEAST_FUSED", "Result", "failure", "run_case", "run_cases"]
 
 LEAST_FUSED = 0.3
 """The share of cases with a fused gate below which a run proves nothing."""
@@ -121,3 +121,11 @@ def _counts(case: Case, report: gatefuse.Report) -> Counter[str]:
 
 def _general(reason: str) -> str:
     return re.sub(r"\(.*?\)|\[.*?\]|\d+", "#", reason)
+
+
+def failure(result: Result, engine: str, device: str) -> str:
+    """What failed, and the command that replays it."""
+    options = f"--engine {engine}" + ("" if device == "cpu" else f" --device {device}")
+    lines = "\n".join(f"  {problem}" for problem in result.problems)
+    command = f"python -m tests.fuzz {options} --case {result.id}"
+    return f"FAILED {result.id}\n{lines}\n  replay: {command}"

@@ -5,11 +5,13 @@ from __future__ import annotations
 __all__ = [
     "AFTER", "BETWEEN", "COARSE", "CORRUPTS", "DRAWS", "KEEPS", "LINEARS", "MULTIPLIES",
     "OTHER_GATES", "PLAIN_LINEARS", "PLAIN_MULTIPLIES",
+    "ROW_MOVERS",
     "VALUES", "WEIGHTS", "WRITES",
 ]  # fmt: skip
 
-#: How many of the first LINEARS and MULTIPLIES are gates as models have them.
-PLAIN_LINEARS, PLAIN_MULTIPLIES = 6, 8
+#: How many of the first LINEARS and MULTIPLIES are gates as models have them, and how many of the
+#: first CORRUPTS move rows by a transpose.
+PLAIN_LINEARS, PLAIN_MULTIPLIES, ROW_MOVERS = 6, 8, 3
 
 #: The logit `{x} -> {z}` of an input [..., H]; weight {w} [1, H], table {t} [3, H], bias {b}.
 LINEARS = {
