@@ -79,6 +79,27 @@ def test_draws_keep_their_order(fn: Callable[..., Any]) -> None:
         torch.testing.assert_close(fused, plain)
 
 
+def seeds_after_a_draw(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    """Inductor makes the seeds of its own random numbers by a draw."""
+    z = F.linear(x, w)
+    first = torch.poisson(z.abs())
+    second = torch.rand_like(v)
+    return torch.sigmoid(z) * v, first, second
+
+
+def test_draws_keep_their_order_without_fallback() -> None:
+    inputs = randn(8, 4), randn(1, 4), randn(8, 4)
+    results = []
+    for fuse in (False, True):
+        torch._dynamo.reset()
+        block = gatefuse.fusing() if fuse else contextlib.nullcontext()
+        with torch.no_grad(), block:
+            torch.manual_seed(5)
+            results.append(torch.compile(seeds_after_a_draw)(*inputs))
+    for plain, fused in zip(*results):
+        torch.testing.assert_close(fused, plain)
+
+
 def dropout_in_the_value(x: Tensor, w: Tensor, v: Tensor, a: Tensor) -> Tensor:
     gate = torch.sigmoid(F.linear(x, w))
     return gate * F.dropout(v @ a, 0.1)

@@ -159,8 +159,8 @@ class _EffectsOf:
 def _effects_of(target: Any) -> _Effects:
     if not isinstance(target, torch._ops.OpOverload):
         return _Effects(target is operator.setitem, False)
-    # Inductor's own random operators (prims) take their seed as an input.
-    seeded = torch.Tag.nondeterministic_seeded in target.tags and target.namespace != "prims"
+    # Of Inductor's own random operators those draw that make seeds, not those that take one.
+    seeded = torch.Tag.nondeterministic_seeded in target.tags
     return _Effects(target._schema.is_mutable, seeded)
 
 
