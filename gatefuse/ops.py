@@ -51,6 +51,7 @@ class Operands(NamedTuple):
     addend: Any = None
 
     def present(self) -> list[Any]:
+        """The operands that are not None."""
         return [t for t in self if t is not None]
 
     def result_dtype(self) -> torch.dtype:

@@ -30,6 +30,7 @@ class PassSequence(CustomGraphPass):
         return hash((PassSequence, self.passes))
 
     def __call__(self, graph: Graph) -> None:
+        """Run the passes in order."""
         for graph_pass in self.passes:
             graph_pass(graph)
 

@@ -41,6 +41,7 @@ class Order:
         return self._positions[node]
 
     def writes_between(self, first: Node, last: Node) -> bool:
+        """Whether a node in between writes to memory."""
         return _count_between(self._writes, self[first], self[last]) > 0
 
     def draws_between(self, first: Node, last: Node) -> int:
