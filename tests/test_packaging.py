@@ -135,3 +135,42 @@ def test_installing_replaces_nothing(wheel: Path, tmp_path: Path) -> None:
     ask = [python, "-c", "import triton; print(triton.DISTRIBUTION)"]
     answer = subprocess.run(ask, env=env, check=True, capture_output=True, text=True)
     assert answer.stdout.strip() == ROCM
+
+
+def test_works_without_triton(tmp_path: Path) -> None:
+    """A PyTorch for the CPU brings no Triton."""
+    program = """
+import sys
+
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoTriton())
+import torch
+import gatefuse
+
+gate = torch.nn.Linear(64, 1)
+
+def gated(x, v):
+    return torch.sigmoid(gate(x)) * v
+
+x, v = torch.randn(4, 64), torch.randn(4, 64)
+with torch.no_grad():
+    expected = gated(x, v)
+    compiled = torch.compile(gated, options=gatefuse.options(expect=1))
+    torch.testing.assert_close(compiled(x, v), expected)
+    op = gatefuse.linear_sigmoid_mul(x, gate.weight, v, gate.bias)
+    torch.testing.assert_close(op, expected)
+assert "triton" not in sys.modules
+"""
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "TORCHINDUCTOR_VEC_ISA_OK": "1",  # no probes of the CPU, which take longer than the test
+        "TRITON_INTERPRET": "0",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
