@@ -121,10 +121,12 @@ class Report:
 
     @property
     def sites(self) -> list[SiteReport]:
+        """The fused gates of all graphs; those of a graph from a cache are counted, not listed."""
         return [s for g in self.graphs for s in g.sites]
 
     @property
     def rejections(self) -> list[RejectionReport]:
+        """Every sigmoid that was left alone, with the reason."""
         return [r for g in self.graphs for r in g.rejections]
 
     @property

@@ -69,6 +69,7 @@ class DemoResult:
 
     @property
     def passed(self) -> bool:
+        """Whether every gate was fused and every result agrees."""
         return not any(m.problems for m in self.models)
 
     def to_dict(self) -> dict[str, Any]:

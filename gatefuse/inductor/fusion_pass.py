@@ -76,6 +76,7 @@ class GateFusionPass(CustomGraphPass):
         return f"gatefuse {_id_of_sources()} {self.options!r} off={off}"
 
     def __call__(self, graph: Graph) -> None:
+        """Fuse the gates of a graph in place; FusionError where they are fewer than ``expect``."""
         if settings.disabled_by_environment():
             return
         if (reason := compat.unsupported_reason()) is not None:

@@ -38,11 +38,13 @@ class NoMatch(Exception):
 
 
 def val_of(node: Any) -> torch.Tensor | None:
+    """The fake tensor that a node stands for, or None if it is not one tensor."""
     val = node.meta.get("val") if isinstance(node, Node) else None
     return val if isinstance(val, torch.Tensor) else None
 
 
 def tensor_of(node: Any, what: str) -> torch.Tensor:
+    """The same; :class:`NoMatch` says that ``what`` has none."""
     val = val_of(node)
     if val is None:
         raise NoMatch(f"{what} has no tensor metadata")
@@ -85,10 +87,12 @@ def batch_fusion_note() -> str:
 
 
 def same_shape(a: Any, b: Any) -> bool:
+    """Whether two shapes are equal for every size; installs no guard."""
     return len(a) == len(b) and all(known(x == y) for x, y in zip(a, b))
 
 
 def numel_is_one(shape: Any) -> bool:
+    """Whether a shape has one element for every size."""
     return all(known(s == 1) for s in shape)
 
 
@@ -123,6 +127,7 @@ def is_shape_op(node: Node) -> bool:
 
 
 def is_float_conversion(node: Node) -> bool:
+    """A conversion between the float types of the op, on one device."""
     if node.op != "call_function" or node.target not in _CONVERSIONS:
         return False
     source, result = val_of(arguments(node)[0]), val_of(node)
@@ -148,12 +153,14 @@ def is_neutral(node: Node) -> bool:
 
 
 def source_of(node: Node) -> Node:
+    """The first operand of a node that has a node there."""
     source = arguments(node)[0]
     assert isinstance(source, Node)
     return source
 
 
 def widens(node: Node) -> bool:
+    """Whether a float conversion keeps every value."""
     source, result = val_of(arguments(node)[0]), val_of(node)
     assert source is not None and result is not None
     return source.dtype == result.dtype or _PRECISION[source.dtype] < _PRECISION[result.dtype]

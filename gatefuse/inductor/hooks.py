@@ -48,6 +48,7 @@ class PassSequence(CustomGraphPass):
         return f"PassSequence{self.passes}"
 
     def __call__(self, graph: Graph) -> None:
+        """Run the passes in order."""
         for graph_pass in self.passes:
             graph_pass(graph)
 

@@ -37,6 +37,7 @@ class Order:
         return self._positions[node]
 
     def writes_between(self, first: Node, last: Node) -> bool:
+        """Whether a node in between writes to memory."""
         return self.writes_within(self[first], self[last])
 
     def writes_within(self, low: int, high: int) -> bool:
@@ -69,6 +70,7 @@ class Stretches:
         return min([low, *self._lows[found]]), max([high, *self._highs[found]])
 
     def add(self, low: int, high: int) -> None:
+        """Add a stretch, as one with those that it overlaps."""
         found, union = self._overlapped(low, high), self.union(low, high)
         self._lows[found], self._highs[found] = [union[0]], [union[1]]
 
@@ -102,6 +104,7 @@ class KeptLogits:
         return "memory is written" if self._order.writes_within(low, high) else None
 
     def add(self, logit: Node, anchor: Node, operands: list[Node]) -> None:
+        """Add a site whose op takes the place of its logit."""
         self._operands[logit] = operands
         self._moves.add(self._order[logit], self._order[anchor])
 

@@ -52,11 +52,13 @@ class LazyVllmPass:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
+        """The pass's own class once vLLM's is imported, for ``isinstance``."""
         if "vllm.compilation.passes.inductor_pass" in sys.modules:
             return self._pass().__class__
         return LazyVllmPass
 
     def __call__(self, graph: Any) -> None:
+        """Run the pass."""
         self._pass()(graph)
 
     def __getattr__(self, name: str) -> Any:

@@ -22,6 +22,7 @@ __all__ = ["add_pass", "make_pass", "pass_class", "pass_of"]
 
 @functools.cache
 def pass_class() -> type:
+    """``VllmGateFusionPass``, made when vLLM is there to inherit from."""
     from vllm.compilation.passes import inductor_pass
     from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
 
