@@ -39,13 +39,21 @@ class LaunchConfig(NamedTuple):
 
 
 @triton.jit
-def _load_chunk(ptr, i, offsets, WIDTH: tl.constexpr, BLOCK: tl.constexpr, POLICY: tl.constexpr):
-    """Chunk ``i`` of a row; masked, and padded with zeros, only where the row ends inside it."""
+def _load_chunk(
+    ptr,
+    i,
+    offsets,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POLICY: tl.constexpr,
+    PAD: tl.constexpr = None,
+):
+    """Chunk ``i`` of a row. Only a partial chunk is masked; beyond the row it reads PAD."""
     full: tl.constexpr = (i + 1) * BLOCK <= WIDTH
     return tl.load(
         ptr + i * BLOCK + offsets,
         mask=None if full else i * BLOCK + offsets < WIDTH,
-        other=None if full else 0.0,
+        other=None if full else PAD,
         eviction_policy=POLICY,
     )
 
@@ -90,7 +98,7 @@ def linear_sigmoid_mul_kernel(
         # All loads are in flight before the first result is used.
         weights = ()
         for i in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
-            weights = weights + (_load_chunk(weight_ptr, i, h, H, BLOCK_H, ""),)
+            weights = weights + (_load_chunk(weight_ptr, i, h, H, BLOCK_H, "", 0.0),)
         if PDL and WEIGHT_FIRST:
             tl.extra.cuda.gdc_wait()
         # The trigger never precedes the wait on the previous grid; otherwise later grids could read
@@ -99,7 +107,7 @@ def linear_sigmoid_mul_kernel(
             tl.extra.cuda.gdc_launch_dependents()
         inputs = ()
         for i in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
-            inputs = inputs + (_load_chunk(input_ptr, i, h, H, BLOCK_H, ONCE),)
+            inputs = inputs + (_load_chunk(input_ptr, i, h, H, BLOCK_H, ONCE, 0.0),)
         values = ()
         addends = ()
         for i in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
@@ -159,6 +167,10 @@ WHOLE_ROWS_TO = 512 << 10
 """Bytes of input up to which, with programmatic dependent launch, a whole row is one load: each
 program has a multiprocessor to itself."""
 
+LATE_TRIGGER_TO = 56 << 10
+"""Bytes of a row beyond which the next grid starts before a program's loads, however few they are:
+a trigger after them keeps them all in registers at once, and wider rows spill."""
+
 TRIGGER_FIRST_FROM = 7 << 18
 """Bytes of input, value and addend from which the next grid may start before a program's loads.
 That costs each program 0.2 us; from this size on it gains more."""
@@ -193,7 +205,8 @@ def launch_config(
         row_bytes, result = rows * h * itemsize, rows * d * itemsize
         read = row_bytes + (2 if addend else 1) * result
         few_rows, many_waves = rows <= FEW_ROWS, rows >= MANY_WAVES
-        trigger_first = read >= TRIGGER_FIRST_FROM
+        wide = max(h, d) * itemsize > LATE_TRIGGER_TO
+        trigger_first = wide or read >= TRIGGER_FIRST_FROM
         few_bytes = not trigger_first and row_bytes <= WHOLE_ROWS_TO
         evict_first = read + result > EVICT_ABOVE and result < EVICT_BELOW
     if dependent:
