@@ -4,7 +4,7 @@ The kernel computes ``sigmoid(input @ weight.T + bias) * value + addend``, one r
 products and sums in float32, one rounding at the end. Bytes moved per row: ``H`` elements of
 input, ``D`` of value, ``D`` of addend if there is one, ``D`` of out; the weight stays in L2.
 
-Importing this module imports Triton, so others do it only when a kernel is about to be launched.
+Importing this module imports Triton, so import it only when a kernel is about to be launched.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment, unreachable"
@@ -24,11 +24,11 @@ KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
 class LaunchConfig(NamedTuple):
-    """How a launch is shaped.
+    """Block sizes, warps and memory hints of one launch.
 
-    block_h, block_d: elements per load of the dot product and of the product. trigger_first: with
-    programmatic dependent launch, when the next grid may start. evict_first: the cache policy of
-    what is read once.
+    block_h, block_d: elements per load in the dot product and in the product with the value.
+    trigger_first: with programmatic dependent launch, let the next grid start before this one's
+    loads rather than after them. evict_first: rows, which are read once, leave L2 first.
     """
 
     block_h: int
@@ -36,6 +36,26 @@ class LaunchConfig(NamedTuple):
     num_warps: int
     trigger_first: bool = False
     evict_first: bool = False
+
+
+@triton.jit
+def _load_chunk(
+    ptr,
+    i,
+    offsets,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POLICY: tl.constexpr,
+    PAD: tl.constexpr = None,
+):
+    """Chunk ``i`` of a row. Only a partial chunk is masked; beyond the row it reads PAD."""
+    full: tl.constexpr = (i + 1) * BLOCK <= WIDTH
+    return tl.load(
+        ptr + i * BLOCK + offsets,
+        mask=None if full else i * BLOCK + offsets < WIDTH,
+        other=None if full else PAD,
+        eviction_policy=POLICY,
+    )
 
 
 @triton.jit
@@ -56,11 +76,12 @@ def linear_sigmoid_mul_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,  # load the whole row before reducing it (rows that fit in registers)
-    PDL: tl.constexpr,  # programmatic dependent launch: the grid starts before its inputs exist
-    WEIGHT_FIRST: tl.constexpr,  # the weight is no output of the preceding kernel: load it early
-    TRIGGER_FIRST: tl.constexpr,  # let the next grid start before this one's loads, not behind them
+    PDL: tl.constexpr,  # programmatic dependent launch: may start before its inputs are written
+    WEIGHT_FIRST: tl.constexpr,  # the weight is not written by the preceding kernel: load it early
+    TRIGGER_FIRST: tl.constexpr,  # let the next grid start before this one's loads, not after them
     EVICT_FIRST: tl.constexpr,  # rows leave L2 before the result does
 ):
+    """One row per program: dot product, sigmoid, product, sum; in float32, rounded once."""
     row = tl.program_id(0).to(tl.int64)  # N * H may exceed 2**31
     input_ptr += row * input_stride
     value_ptr += row * value_stride
@@ -75,49 +96,25 @@ def linear_sigmoid_mul_kernel(
         tl.extra.cuda.gdc_wait()
     dot = tl.zeros([BLOCK_H], dtype=tl.float32)
     if UNROLL:
-        # Loads of weight, input, value and addend are all in flight before the first use.
+        # All loads are in flight before the first result is used.
         weights = ()
         for i in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
-            if (i + 1) * BLOCK_H <= H:
-                weights = weights + (tl.load(weight_ptr + i * BLOCK_H + h),)
-            else:
-                weights = weights + (
-                    tl.load(weight_ptr + i * BLOCK_H + h, mask=i * BLOCK_H + h < H, other=0.0),
-                )
+            weights = weights + (_load_chunk(weight_ptr, i, h, H, BLOCK_H, "", 0.0),)
         if PDL and WEIGHT_FIRST:
             tl.extra.cuda.gdc_wait()
-        # Never before the wait: who starts early reads a weight that this launch has waited for.
+        # The trigger never precedes the wait on the previous grid; otherwise later grids could read
+        # a weight that has not been written.
         if PDL and TRIGGER_FIRST:
             tl.extra.cuda.gdc_launch_dependents()
         inputs = ()
         for i in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
-            if (i + 1) * BLOCK_H <= H:
-                inputs = inputs + (tl.load(input_ptr + i * BLOCK_H + h, eviction_policy=ONCE),)
-            else:
-                inside = i * BLOCK_H + h < H
-                inputs = inputs + (
-                    tl.load(
-                        input_ptr + i * BLOCK_H + h, mask=inside, other=0.0, eviction_policy=ONCE
-                    ),
-                )
+            inputs = inputs + (_load_chunk(input_ptr, i, h, H, BLOCK_H, ONCE, 0.0),)
         values = ()
         addends = ()
         for i in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
-            if (i + 1) * BLOCK_D <= D:
-                values = values + (tl.load(value_ptr + i * BLOCK_D + d, eviction_policy=ONCE),)
-                if addend_ptr is not None:
-                    addends = addends + (
-                        tl.load(addend_ptr + i * BLOCK_D + d, eviction_policy=ONCE),
-                    )
-            else:
-                inside = i * BLOCK_D + d < D
-                values = values + (
-                    tl.load(value_ptr + i * BLOCK_D + d, mask=inside, eviction_policy=ONCE),
-                )
-                if addend_ptr is not None:
-                    addends = addends + (
-                        tl.load(addend_ptr + i * BLOCK_D + d, mask=inside, eviction_policy=ONCE),
-                    )
+            values = values + (_load_chunk(value_ptr, i, d, D, BLOCK_D, ONCE),)
+            if addend_ptr is not None:
+                addends = addends + (_load_chunk(addend_ptr, i, d, D, BLOCK_D, ONCE),)
         if PDL and not TRIGGER_FIRST:
             tl.extra.cuda.gdc_launch_dependents()
         for i in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
@@ -129,10 +126,9 @@ def linear_sigmoid_mul_kernel(
             tl.extra.cuda.gdc_launch_dependents()
         for start in range(0, H, BLOCK_H):
             inside = start + h < H
-            x = tl.load(input_ptr + start + h, mask=inside, other=0.0, eviction_policy=ONCE).to(
-                tl.float32
-            )
-            dot += x * tl.load(weight_ptr + start + h, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(input_ptr + start + h, mask=inside, other=0.0, eviction_policy=ONCE)
+            w = tl.load(weight_ptr + start + h, mask=inside, other=0.0)
+            dot += x.to(tl.float32) * w.to(tl.float32)
     logit = tl.sum(dot, axis=0)
     if bias_ptr is not None:
         logit += tl.load(bias_ptr).to(tl.float32)
@@ -145,11 +141,8 @@ def linear_sigmoid_mul_kernel(
             out = gate * values[i].to(tl.float32)
             if addend_ptr is not None:
                 out += addends[i].to(tl.float32)
-            if (i + 1) * BLOCK_D <= D:
-                tl.store(out_ptr + i * BLOCK_D + d, out.to(out_ptr.dtype.element_ty))
-            else:
-                inside = i * BLOCK_D + d < D
-                tl.store(out_ptr + i * BLOCK_D + d, out.to(out_ptr.dtype.element_ty), mask=inside)
+            inside = None if (i + 1) * BLOCK_D <= D else i * BLOCK_D + d < D
+            tl.store(out_ptr + i * BLOCK_D + d, out.to(out_ptr.dtype.element_ty), mask=inside)
     else:
         for start in range(0, D, BLOCK_D):
             inside = start + d < D
@@ -166,22 +159,26 @@ UNROLL_LIMIT = 16384
 
 
 FEW_ROWS = 256
-"""Up to so many rows a launch is short of loads in flight, and not of bandwidth."""
+"""Up to this many rows, latency limits a launch: more loads in flight help."""
 
 MANY_WAVES = 8192
-"""From so many rows on bandwidth is what a launch is short of, at any width."""
+"""From this many rows on, bandwidth limits a launch at any width."""
 
 WHOLE_ROWS_TO = 512 << 10
-"""Bytes of input up to which, with programmatic dependent launch, whole rows are loaded at once: a
+"""Bytes of input up to which, with programmatic dependent launch, a whole row is one load: each
 program has a multiprocessor to itself."""
 
+LATE_TRIGGER_TO = 56 << 10
+"""Bytes of a row beyond which the next grid starts before a program's loads, however few they are:
+a trigger after them keeps them all in registers at once, and wider rows spill."""
+
 TRIGGER_FIRST_FROM = 7 << 18
-"""Bytes of input, value and addend from which on the next grid may start before a program's loads.
-That costs a program 0.2 us, and at larger sizes it gains more than that."""
+"""Bytes of input, value and addend from which the next grid may start before a program's loads.
+That costs each program 0.2 us; from this size on it gains more."""
 
 EVICT_ABOVE, EVICT_BELOW = 20 << 20, 15 << 20
-"""In bytes. Rows are read once. Where all that is moved is more than the one, and the result less
-than the other, L2 is better used if rows leave it first: the result then stays for its reader."""
+"""Bytes. Rows are read once, so where a launch moves more than the first and its result is smaller
+than the second, rows leave L2 first and the result stays there for its reader."""
 
 
 def _block(width: int, whole: bool) -> int:
@@ -198,9 +195,9 @@ def launch_config(
     """Launch rule for ``rows`` rows (None: symbolic) of ``h`` elements of input and ``d`` of value,
     each of ``itemsize`` bytes.
 
-    dependent: with programmatic dependent launch, where a program's loads overlap the grid before
-    and the one behind. Measured on an H200 (``gatefuse bench launch-rule``) in bfloat16: within 3 %
-    of the best shape, or faster, at 1 to 8192 rows of each width from 1024 to 7168.
+    dependent: with programmatic dependent launch, where a program's loads overlap the previous and
+    the next grid. Measured on an H200 (``python -m benchmarks launch-rule``) in bfloat16: at most
+    3 % slower than the best shape at 1 to 8192 rows of each width from 1024 to 7168.
     """
     if rows is None:
         few_rows = many_waves = few_bytes = evict_first = False
@@ -209,7 +206,8 @@ def launch_config(
         row_bytes, result = rows * h * itemsize, rows * d * itemsize
         read = row_bytes + (2 if addend else 1) * result
         few_rows, many_waves = rows <= FEW_ROWS, rows >= MANY_WAVES
-        trigger_first = read >= TRIGGER_FIRST_FROM
+        wide = max(h, d) * itemsize > LATE_TRIGGER_TO
+        trigger_first = wide or read >= TRIGGER_FIRST_FROM
         few_bytes = not trigger_first and row_bytes <= WHOLE_ROWS_TO
         evict_first = read + result > EVICT_ABOVE and result < EVICT_BELOW
     if dependent:
@@ -231,7 +229,7 @@ def _shape(h: int, d: int, few_rows: bool) -> tuple[int, int, int]:
 def _dependent_shape(
     h: int, d: int, few_bytes: bool, few_rows: bool, many_waves: bool
 ) -> tuple[int, int, int]:
-    """The same with dependent launch. few_rows: few, and of more bytes than a few."""
+    """The same with dependent launch. few_rows: few rows, but more than few bytes."""
     widest = max(h, d)
     if few_bytes and 1024 < widest <= 4096:
         return _fitting(_block(h, True), _block(d, True), 16)
@@ -241,14 +239,14 @@ def _dependent_shape(
 
 
 def _fitting(block_h: int, block_d: int, num_warps: int) -> tuple[int, int, int]:
-    """Fewer warps where a thread had less than four elements of a load."""
+    """Fewer warps where a thread would get less than four elements of a load."""
     return block_h, block_d, max(1, min(num_warps, max(block_h, block_d) // 128))
 
 
 @functools.cache
 def supports_pdl(device_index: int) -> bool:
-    """Whether the device (compute capability 9.0 or later) and this Triton know programmatic
-    dependent launch."""
+    """Whether the device (compute capability 9.0 or later) and the installed Triton support
+    programmatic dependent launch."""
     if torch.version.hip or not torch.cuda.is_available():
         return False
     if torch.cuda.get_device_capability(device_index) < (9, 0):
@@ -272,12 +270,12 @@ def launch(
     config: LaunchConfig | None = None,
     batch_invariant: bool = False,
 ) -> None:
-    """Launch the kernel on the current stream.
+    """Launch the kernel on the current stream; writes ``out`` and, if given, ``logit``.
 
     Shapes: input ``[N, H]``, weight ``[1, H]`` contiguous, bias ``[1]``, value, addend and out
-    ``[N, D]``, logit ``[N]``; the inner stride of each is 1, row strides are free. dtypes: float16,
-    bfloat16 or float32, which may differ. batch_invariant: a launch shape that does not depend on
-    the number of rows. Writes ``out`` and, if given, ``logit``.
+    ``[N, D]``, logit ``[N]``. Inner strides are 1, row strides are free. dtypes: float16, bfloat16
+    or float32; operands may differ in dtype. batch_invariant: a launch shape that does not depend
+    on the number of rows. Nothing is checked: :mod:`gatefuse.ops` does that.
     """
     rows, h = input.shape
     d = value.shape[1]

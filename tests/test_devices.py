@@ -1,0 +1,216 @@
+"""Devices that the tests do not run on: the kernel in every launch shape, and Inductor's code for
+ROCm, are compiled and read. Needs no GPU."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
+
+from gatefuse import kernels
+from gatefuse.kernels import LaunchConfig, launch_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+
+#: A width for each block: full and, for blocks of more than 1024, partial; at the end the widest
+#: that are unrolled and two that are looped over.
+WIDTHS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2000, 2048, 4000, 4096, 8000, 8192]
+WIDTHS += [14336, 16000, 16384, 20000, 20480]
+ROWS = [None, 1, 64, 256, 257, 1024, 8192, 65536]
+
+
+def target_or_skip(name: str) -> GPUTarget:
+    target = TARGETS[name]
+    if not any(backend.compiler.supports_target(target) for backend in backends.values()):
+        pytest.skip(f"the installed Triton has no backend for {name}")
+    return target
+
+
+class Launch(NamedTuple):
+    H: int
+    D: int
+    dtype: torch.dtype
+    config: LaunchConfig
+    pdl: bool = False
+
+
+def supports_pdl(target: GPUTarget) -> bool:
+    """What the product asks of a device before it launches the kernel so."""
+    hip = "7.0" if target.backend == "hip" else None
+    capability = (9, 4) if hip else divmod(target.arch, 10)
+    with (
+        mock.patch.object(torch.version, "hip", hip),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+    ):
+        return kernels.supports_pdl.__wrapped__(0)
+
+
+def every_launch(target: GPUTarget) -> list[Launch]:
+    """Each shape in which the launch rule starts the kernel, once, with all operands and H = D.
+    Of rows that are launched alike, wide ones need most registers and narrow ones, in bfloat16,
+    have the smallest loads."""
+    chosen: dict[Any, tuple[float, Launch]] = {}
+    for width, rows, dtype, pdl in itertools.product(
+        WIDTHS, ROWS, (torch.bfloat16, torch.float32), {False, supports_pdl(target)}
+    ):
+        size = dtype.itemsize
+        config = launch_config(rows, width, width, size, addend=True, dependent=pdl)
+        if not pdl:  # no trigger, so the same code
+            config = config._replace(trigger_first=False)
+        key = config, pdl, width <= kernels.UNROLL_LIMIT
+        weight = width * size if width > 1024 else width / size
+        if key not in chosen or weight > chosen[key][0]:
+            chosen[key] = weight, Launch(width, width, dtype, config, pdl)
+    return [launch for _, launch in chosen.values()]
+
+
+class Driver:
+    """What Triton's driver is asked before a kernel is compiled. Triton keeps what it has compiled
+    by number of the device, so each target has its own."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+        self.device = 1000 + list(TARGETS.values()).index(target)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiler:
+    """Stands in for the kernel: what is launched is compiled, with the arguments' alignment."""
+
+    def __init__(self) -> None:
+        self.compiled: Any = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.compiled = _kernel.warmup(*arguments, grid=grid, **options)
+
+        return launch
+
+
+_kernel = kernels.linear_sigmoid_mul_kernel
+
+
+def compile_launch(target: GPUTarget, launch: Launch) -> Any:
+    """What `kernels.launch` would compile on a GPU, with every operand."""
+    rows = 3
+
+    def make(*shape: int, dtype: torch.dtype = launch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight, bias = make(rows, launch.H), make(1, launch.H), make(1)
+    value, addend, out = (make(rows, launch.D) for _ in range(3))
+    logit = make(rows, dtype=torch.float32)
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", Driver(target)),
+        mock.patch.object(kernels, "linear_sigmoid_mul_kernel", Compiler()) as compiler,
+    ):
+        kernels.launch(
+            *(x, weight, value, bias, addend, out, logit),
+            pdl=launch.pdl,
+            weight_first=launch.pdl,
+            config=launch.config,
+        )
+    return compiler.compiled
+
+
+_BYTES = {"ubyte": 1, "ushort": 2, "short_d16": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
+
+
+def nvidia_usage(asm: Any, folder: Path) -> tuple[int, list[int]]:
+    """Bytes of memory that a thread uses for want of registers, and of each global load."""
+    cubin = folder / "cubin"
+    cubin.write_bytes(asm["cubin"])
+    done = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True)
+    found = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", done.stdout)
+    assert found is not None, done
+    loads = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bu](\d+)\b", asm["ptx"])
+    return sum(map(int, found.groups())), [int(n or 1) * int(bits) // 8 for n, bits in loads]
+
+
+def amd_usage(asm: Any) -> tuple[int, list[int]]:
+    assert asm["hsaco"].startswith(b"\x7fELF")
+    text = asm["amdgcn"]
+    names = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    used = [re.search(rf"\.{name}:\s+(\d+)", text) for name in names]
+    loads = re.findall(r"^\s+(?:global|buffer|flat)_load_(\w+)", text, re.MULTILINE)
+    return sum(int(found[1]) for found in used), [_BYTES[load] for load in loads]
+
+
+def check(target: GPUTarget, launch: Launch, folder: Path) -> None:
+    compiled = compile_launch(target, launch)
+    on_nvidia = target.backend == "cuda"
+    memory, loads = nvidia_usage(compiled.asm, folder) if on_nvidia else amd_usage(compiled.asm)
+    assert memory == 0, f"{memory} bytes of registers are spilled"
+
+    config, size = launch.config, launch.dtype.itemsize
+    threads = config.num_warps * target.warp_size
+    assert threads <= 1024
+    if on_nvidia:
+        order = re.findall(r"griddepcontrol\.(\w+)", compiled.asm["ptx"])
+        assert order == ["wait", "launch_dependents"] * launch.pdl
+    widest = min(16, max(1, min(config.block_h, config.block_d) // threads) * size)
+    if launch.H % 16 == launch.D % 16 == 0:
+        narrow = [n for n in loads if n < widest]
+        assert len(narrow) <= 1, f"{narrow} bytes a load instead of {widest}; the bias is one"
+    if max(launch.H, launch.D) <= kernels.UNROLL_LIMIT and config.block_h % threads == 0:
+        # Each element is loaded once. (Narrower rows may be loaded by scalar instructions.)
+        h, d = (
+            -(-width // block) * max(1, block // threads)
+            for width, block in ((launch.H, config.block_h), (launch.D, config.block_d))
+        )
+        assert sum(loads) in (2 * (h + d) * size, (2 * (h + d) + 1) * size)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_launch_shape(name: str, tmp_path: Path) -> None:
+    target = target_or_skip(name)
+    launches = every_launch(target)
+    assert any(launch.pdl for launch in launches) == (name in ("sm_90", "sm_100"))
+    for launch in launches:
+        try:
+            check(target, launch, tmp_path)
+        except Exception as error:
+            error.add_note(f"{name}: {launch}")
+            raise
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("h", "d"), [(2048, 512), (512, 2048), (2500, 100), (20000, 70)])
+def test_other_widths(name: str, h: int, d: int, tmp_path: Path) -> None:
+    """Rows of input and value that are not equally wide, and none that is a multiple of 16."""
+    target = target_or_skip(name)
+    pdl = supports_pdl(target)
+    for dtype in (torch.bfloat16, torch.float32):
+        config = launch_config(64, h, d, dtype.itemsize, addend=True, dependent=pdl)
+        check(target, Launch(h, d, dtype, config, pdl), tmp_path)
