@@ -8,6 +8,7 @@ cannot run, or a benchmark's time was over.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
@@ -29,10 +30,11 @@ def _version(package: str) -> str | None:
         from gatefuse import __version__
 
         return __version__
-    if package == "torch":  # with the build, such as +cu130
-        import torch
-
-        return str(torch.__version__)
+    if package in ("torch", "triton"):  # torch with its build; Triton's distribution has many names
+        try:
+            return str(importlib.import_module(package).__version__)
+        except ImportError:
+            return None
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
