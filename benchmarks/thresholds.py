@@ -1,4 +1,7 @@
-"""Which results miss a mark of :mod:`benchmarks.grid`, and what was not measured."""
+"""The thresholds that results must reach, which of them are violated, and what was not measured.
+
+Times are in µs; a ratio is one of medians of one run.
+"""
 
 from __future__ import annotations
 
@@ -6,248 +9,312 @@ import dataclasses
 import fnmatch
 import functools
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
 
 from benchmarks import grid
-from benchmarks.grid import BlockKey, Key
-from benchmarks.store import (
-    GATEFUSE,
-    INDUCTOR,
-    LIMIT,
-    OP,
-    ROOT,
-    ArmKey,
-    Results,
-    peers,
-)
+from benchmarks.store import CASE, MODULE, ROOT, Results, case_name
+
+SLOWER = 1.02
+"""gatefuse over Inductor alone in the same mode, in every case, and, of the gate alone in default
+mode, over the best provider of all."""
+
+EXPLAINED = 1.03
+"""In the glue, default-mode gatefuse over the best provider of all: above this it is listed."""
+
+SMALL_ROWS = 1024
+SPEEDUP = 1.5
+"""Of the gate alone: Inductor's default mode over gatefuse, up to SMALL_ROWS rows."""
+
+GATE_COST_RATIO = 5.0
+"""In the glue: cost of the gate under Inductor's default mode over that under gatefuse, up to
+SMALL_ROWS rows."""
+
+GATE_COST_US = 0.5
+GATE_COST_ROWS = 256
+"""In the glue the gate costs at most so much at up to so many rows."""
+
+GATE_COST_PREFILL_US = {(2048, 8192): 2.0, (4096, 8192): 3.0}
+"""The same by width and rows."""
+
+ROOFLINE_RATIO = 1.05
+"""The kernel alone over ``torch.add`` or ``torch.addcmul``, from SMALL_ROWS rows on."""
+
+BASELINE_ROWS = 256
+BASELINE_US = 0.1
+"""The eager op is at most so much slower than the best known kernel, up to BASELINE_ROWS rows: as
+``benchmarks/peers.csv`` has it, and as measured beside it (the suite ``sglang``)."""
+
+PASS_SHARE = 0.01
+"""gatefuse's pass, of the time of a compile in an empty cache."""
+
+IMPORT_MS = 50.0
+"""``import gatefuse`` after ``import torch``."""
 
 
 @dataclass(frozen=True)
-class Miss:
-    """``cell`` misses a mark with its arm ``arm``; ``reason`` is known from
+class Threshold:
+    """What of a frame's rows violates it, as pandas' ``query`` takes it, and the text for such a
+    row; ``reported`` if only one without a known reason is an error."""
+
+    violated: str
+    text: Callable[[Any], str]
+    reported: bool = False
+
+
+@dataclass(frozen=True)
+class Violation:
+    """``case`` violates a threshold with a provider in a mode; ``reason`` is known from
     ``benchmarks/reasons.toml`` or None."""
 
-    cell: Key | BlockKey | str
-    arm: ArmKey
+    case: str
+    provider: str
+    mode: str
     text: str
     reason: str | None = None
+    reported: bool = False
 
     def __str__(self) -> str:
-        return f"{self.cell}: {self.text}"
+        return f"{self.case}: {self.text}"
+
+
+FAILED = Threshold("error.notna()", lambda r: f"{r.provider}, {r.mode} failed: {r.error}")
+FUSED = "provider == 'gatefuse-auto'"
+DEFAULT = f"{FUSED} and mode == 'default' and shapes == 'static' and device == 'cuda'"
+ALONE = "workload in ('mul', 'add') and shapes == 'static' and device == 'cuda'"
+
+CASES = (
+    FAILED,
+    Threshold(
+        f"{FUSED} and median_us > {SLOWER} * inductor_us",
+        lambda r: (
+            f"{r.mode}: gatefuse {r.median_us:.2f} us is {r.ratio:.3f} of Inductor's "
+            f"{r.inductor_us:.2f}"
+        ),
+    ),
+    Threshold(
+        f"{FUSED} and hot_median_us > {SLOWER} * hot_inductor_us",
+        lambda r: (
+            f"{r.mode}, hot: gatefuse {r.hot_median_us:.2f} us is "
+            f"{r.hot_median_us / r.hot_inductor_us:.3f} of Inductor's {r.hot_inductor_us:.2f}"
+        ),
+    ),
+    Threshold(
+        f"{DEFAULT} and {ALONE} and median_us > {SLOWER} * best_us",
+        lambda r: (
+            f"gatefuse {r.median_us:.2f} us is {r.median_us / r.best_us:.3f} of the best "
+            f"provider's {r.best_us:.2f} ({r.best})"
+        ),
+    ),
+    Threshold(
+        f"{DEFAULT} and {ALONE} and N <= {SMALL_ROWS} and median_us * {SPEEDUP} > inductor_us",
+        lambda r: (
+            f"gatefuse {r.median_us:.2f} us is {r.inductor_us / r.median_us:.2f} times as fast as "
+            f"Inductor, not {SPEEDUP}"
+        ),
+    ),
+    Threshold(
+        f"{ALONE} and provider == 'op' and N >= {SMALL_ROWS} "
+        f"and median_us > {ROOFLINE_RATIO} * roofline_us",
+        lambda r: (
+            f"the kernel takes {r.median_us:.2f} us, {r.median_us / r.roofline_us:.3f} of the "
+            f"roofline {r.roofline_us:.2f}"
+        ),
+    ),
+    Threshold(
+        f"{ALONE} and provider == 'op' and N <= {BASELINE_ROWS} "
+        f"and median_us > baseline_us + {BASELINE_US}",
+        lambda r: f"the kernel takes {r.median_us:.2f} us, the best known one {r.baseline_us:.2f}",
+    ),
+    Threshold(
+        f"{DEFAULT} and N <= {SMALL_ROWS} and 0 < inductor_cost_us "
+        f"and inductor_cost_us < {GATE_COST_RATIO} * cost_us",
+        lambda r: (
+            f"the gate costs {r.cost_us:.2f} us, {r.inductor_cost_us / r.cost_us:.1f} times less "
+            f"than under Inductor ({r.inductor_cost_us:.2f}), not {GATE_COST_RATIO:.0f}"
+        ),
+    ),
+    Threshold(
+        f"{DEFAULT} and cost_us > most_us and inductor_cost_us.notna()",
+        lambda r: f"the gate costs {r.cost_us:.2f} us > {r.most_us}",
+    ),
+    Threshold(
+        f"{DEFAULT} and workload == 'glue' and median_us > {EXPLAINED} * best_us",
+        lambda r: f"best provider {r.best} {r.best_us:.2f} us, gatefuse {r.median_us:.2f}",
+        reported=True,
+    ),
+)
+
+PASS = Threshold(
+    f"pass_ms > {PASS_SHARE} * compile_s * 1e3",
+    lambda r: (
+        f"{r.what}: the pass takes {r.pass_ms:.1f} ms, {r.pass_ms / r.compile_s / 10:.2f} % of "
+        "the compile"
+    ),
+)
+
+MODULES = (
+    FAILED,
+    Threshold(
+        f"{FUSED} and median_us > {SLOWER} * inductor_us",
+        lambda r: (
+            f"{r.mode}: gatefuse {r.median_us:.1f} us is {r.median_us / r.inductor_us:.3f} of "
+            f"Inductor's {r.inductor_us:.1f}"
+        ),
+    ),
+    Threshold(
+        f"{FUSED} and kernels > inductor_kernels",
+        lambda r: (
+            f"{r.mode}: gatefuse launches {r.kernels:g} kernels, Inductor {r.inductor_kernels:g}"
+        ),
+    ),
+    dataclasses.replace(PASS, violated=f"{FUSED} and {PASS.violated}"),
+)
+
+SGLANG = Threshold(
+    f"provider == 'op' and N <= {BASELINE_ROWS} and median_us > sglang_us + {BASELINE_US}",
+    lambda r: (
+        f"side by side the op takes {r.median_us:.2f} us, the best known kernel {r.sglang_us:.2f}"
+    ),
+)
+
+HOST = (
+    dataclasses.replace(FAILED, text=lambda r: f"{r.provider} failed: {r.error}"),
+    Threshold(f"median_ms > {IMPORT_MS}", lambda r: f"{r.median_ms} ms > {IMPORT_MS}"),
+    Threshold("initialises_cuda == True", lambda r: "initialises CUDA"),
+    PASS,
+    Threshold(
+        f"{FUSED} and median_us > inductor_us",
+        lambda r: f"{r.mode}: gatefuse {r.median_us:.1f} us > Inductor {r.inductor_us:.1f}",
+    ),
+)
 
 
 @functools.cache
 def reasons() -> list[tuple[list[str], str]]:
-    """Patterns of misses, as a shell's, and why they miss."""
-    path = ROOT / "benchmarks" / "reasons.toml"
-    if not path.exists():
-        return []
-    entries = tomllib.loads(path.read_text())["reasons"]
-    return [(entry["misses"], " ".join(entry["reason"].split())) for entry in entries]
+    """Patterns of violations, as a shell's, and why they are."""
+    entries = tomllib.loads((ROOT / "benchmarks" / "reasons.toml").read_text())["reasons"]
+    return [(entry["violations"], " ".join(entry["reason"].split())) for entry in entries]
 
 
-def with_reason(miss: Miss) -> Miss:
-    """``miss`` with the first reason whose pattern fits its line."""
-    for patterns, reason in reasons():
-        if any(fnmatch.fnmatchcase(str(miss), pattern) for pattern in patterns):
-            return dataclasses.replace(miss, reason=reason)
-    return miss
-
-
-def check(results: Results, partial: bool = False) -> list[Miss]:
-    """Every mark that is missed, by cell. What was not measured is a miss too, unless
-    ``partial``; a loss to the best arm in the glue is one unless its reason is known."""
-    misses = [*_chains(results), *_rivals(results), *_blocks(results), *_host(results)]
-    misses = [with_reason(miss) for miss in misses]
-    misses += [loss for loss in losses(results) if loss.reason is None]
-    if not partial:
-        misses += [Miss(cell, ("", ""), f"not measured{arms}") for cell, arms in missing(results)]
-    return misses
-
-
-def _chains(results: Results) -> Iterator[Miss]:
-    for key, arms in sorted(results.cells.items()):
-        for arm, row in arms.items():
-            if "error" in row:
-                yield Miss(key, arm, f"{', '.join(arm)} failed: {row['error']}")
-        for mode in grid.MODES:
-            for column, what in (("median_us", mode), ("hot_median_us", f"{mode}, hot")):
-                yield from _slower(results, key, mode, column, what)
-        if key.device == "gpu" and key.shapes == "static":
-            yield from _alone(results, key) if key.chain in ("mul", "add") else ()
-            yield from _gate_cost(results, key)
-
-
-def _slower(results: Results, key: Key, mode: str, column: str, what: str) -> Iterator[Miss]:
-    arm = ("gatefuse-auto", mode)
-    ours, theirs = (results.time(key, a, column) for a in (arm, ("inductor", mode)))
-    if ours is not None and theirs is not None and ours > grid.SLOWER * theirs:
-        yield Miss(
-            key,
-            arm,
-            f"{what}: gatefuse {ours:.2f} us is {ours / theirs:.3f} of Inductor's {theirs:.2f}",
-        )
-
-
-def _alone(results: Results, key: Key) -> Iterator[Miss]:
-    ours, best = results.time(key, GATEFUSE), results.best_arm(key)
-    inductor, op, limit = (results.time(key, arm) for arm in (INDUCTOR, OP, LIMIT))
-    if ours is not None and best is not None and ours > grid.SLOWER * best[1]:
-        yield Miss(
-            key,
-            GATEFUSE,
-            f"gatefuse {ours:.2f} us is {ours / best[1]:.3f} of the best arm's {best[1]:.2f} "
-            f"({', '.join(best[0])})",
-        )
-    small = key.N <= grid.SMALL_ROWS
-    if small and ours is not None and inductor is not None and ours * grid.SPEEDUP > inductor:
-        yield Miss(
-            key,
-            GATEFUSE,
-            f"gatefuse {ours:.2f} us is {inductor / ours:.2f} times as fast as Inductor, "
-            f"not {grid.SPEEDUP}",
-        )
-    large = key.N >= grid.SMALL_ROWS
-    if large and op is not None and limit is not None and op > grid.LIMIT_RATIO * limit:
-        text = f"the kernel takes {op:.2f} us, {op / limit:.3f} of the limit {limit:.2f}"
-        yield Miss(key, OP, text)
-    peer = peers().get((key.chain, key.H, key.N)) if key.dtype == grid.DTYPE else None
-    if op is not None and peer is not None and key.N <= grid.PEER_ROWS and op > peer + grid.PEER_US:
-        yield Miss(key, OP, f"the kernel takes {op:.2f} us, the best known one {peer:.2f}")
-
-
-def _gate_cost(results: Results, key: Key) -> Iterator[Miss]:
-    ours, theirs = (results.gate_cost(key, arm) for arm in (GATEFUSE, INDUCTOR))
-    if ours is None or theirs is None:
-        return
-    if key.N <= grid.SMALL_ROWS and 0 < theirs < grid.GATE_COST_RATIO * ours:
-        yield Miss(
-            key,
-            GATEFUSE,
-            f"the gate costs {ours:.2f} us, {theirs / ours:.1f} times less than under Inductor "
-            f"({theirs:.2f}), not {grid.GATE_COST_RATIO:.0f}",
-        )
-    limit = grid.GATE_COST_US if key.N <= grid.GATE_COST_ROWS else None
-    limit = grid.GATE_COST_PREFILL_US.get((key.H, key.N), limit)
-    if limit is not None and key.dtype == grid.DTYPE and ours > limit:
-        yield Miss(key, GATEFUSE, f"the gate costs {ours:.2f} us > {limit}")
-
-
-def losses(results: Results) -> list[Miss]:
-    """Where, in the glue, default-mode gatefuse is not the best of all arms, with the reasons."""
-    found = []
-    for key in sorted(results.cells):
-        if (key.device, key.shapes, key.chain) != ("gpu", "static", "glue"):
-            continue
-        ours, best = results.time(key, GATEFUSE), results.best_arm(key)
-        if ours is not None and best is not None and ours > grid.EXPLAINED * best[1]:
-            text = f"best arm {', '.join(best[0])} {best[1]:.2f} us, gatefuse {ours:.2f}"
-            found.append(with_reason(Miss(key, GATEFUSE, text)))
-    return found
-
-
-def _rivals(results: Results) -> Iterator[Miss]:
-    for (chain, H, N), arms in sorted(results.rivals.items()):
-        ours, theirs = (arms.get(arm, {}).get("median_us") for arm in ("op", "peer"))
-        if ours is None or theirs is None or N > grid.PEER_ROWS or ours <= theirs + grid.PEER_US:
-            continue
-        text = f"side by side the op takes {ours:.2f} us, the best known kernel {theirs:.2f}"
-        yield Miss(f"{chain} H={H} N={N}", OP, text)
-
-
-def _blocks(results: Results) -> Iterator[Miss]:
-    for key, arms in sorted(results.blocks.items()):
-        for arm, row in arms.items():
-            if "error" in row:
-                yield Miss(key, arm, f"{', '.join(arm)} failed: {row['error']}")
-        for mode in grid.BLOCK_MODES:
-            arm = ("gatefuse-auto", mode)
-            ours, theirs = arms.get(arm, {}), arms.get(("inductor", mode), {})
-            if "median_us" not in ours or "median_us" not in theirs:
-                continue
-            if ours["median_us"] > grid.SLOWER * theirs["median_us"]:
-                ratio = ours["median_us"] / theirs["median_us"]
-                yield Miss(
-                    key,
-                    arm,
-                    f"{mode}: gatefuse {ours['median_us']:.1f} us is {ratio:.3f} of Inductor's "
-                    f"{theirs['median_us']:.1f}",
-                )
-            if ours["kernels"] > theirs["kernels"]:
-                yield Miss(
-                    key,
-                    arm,
-                    f"{mode}: gatefuse launches {ours['kernels']} kernels, "
-                    f"Inductor {theirs['kernels']}",
-                )
-            if ours["pass_ms"] > grid.PASS_SHARE * ours["compile_s"] * 1e3:
-                yield _pass_miss(key, arm, mode, ours["pass_ms"], ours["compile_s"])
-
-
-def _pass_miss(
-    cell: BlockKey | str, arm: ArmKey, what: str, pass_ms: float, compile_s: float
-) -> Miss:
-    return Miss(
-        cell,
-        arm,
-        f"{what}: the pass takes {pass_ms:.1f} ms, {pass_ms / compile_s / 10:.2f} % of the compile",
-    )
-
-
-def _host(results: Results) -> Iterator[Miss]:
-    calls: dict[tuple[str, str], dict[str, float]] = {}
-    for row in results.host:
-        if "error" in row:
-            text = f"{row['arm']} failed: {row['error']}"
-            yield Miss(f"host {row['chain']}", (row["arm"], row["mode"]), text)
-        elif row["what"] == "call":
-            calls.setdefault((row["chain"], row["mode"]), {})[row["arm"]] = row["median_us"]
-        elif row["what"] == "import":
-            if row["median_ms"] > grid.IMPORT_MS:
-                yield Miss("import", GATEFUSE, f"{row['median_ms']} ms > {grid.IMPORT_MS}")
-            if row["initialises_cuda"]:
-                yield Miss("import", GATEFUSE, "initialises CUDA")
-        elif row["pass_ms"] > grid.PASS_SHARE * row["median_s"] * 1e3:
-            name = f"compile {row['chain']}"
-            yield _pass_miss(name, GATEFUSE, row["cache"], row["pass_ms"], row["median_s"])
-    for (chain, mode), times in calls.items():
-        if "inductor" in times and times.get("gatefuse-auto", 0.0) > times["inductor"]:
-            yield Miss(
-                f"host {chain}",
-                ("gatefuse-auto", mode),
-                f"{mode}: gatefuse {times['gatefuse-auto']:.1f} us > "
-                f"Inductor {times['inductor']:.1f}",
-            )
-
-
-def missing_of(results: Results, cells: Iterable[grid.Cell]) -> list[tuple[Key, str]]:
-    """The keys of ``cells`` that lack arms, and a text that names those, empty if all lack."""
-    lacking: dict[Key, list[str]] = {}
-    for cell in cells:
-        for key, arm in cell.measured():
-            if arm.draw:
-                continue
-            row = results.cells.get(key, {}).get((arm.name, arm.mode))
-            if row is None:
-                lacking.setdefault(key, []).append(f"{arm.name}, {arm.mode}")
-            elif cell.hot and "hot_median_us" not in row and "error" not in row:
-                lacking.setdefault(key, []).append(f"{arm.name}, {arm.mode}, hot")
+def violations(results: Results) -> list[Violation]:
+    """All of them, by case, with the first reason whose pattern fits the line."""
+    found = [
+        violation
+        for frame, thresholds in _frames(results)
+        for violation in _in_frame(frame, thresholds)
+    ]
     return [
-        (key, f": {'; '.join(arms)}" if key in results.cells else "")
-        for key, arms in lacking.items()
+        dataclasses.replace(v, reason=reason)
+        for v in found
+        for reason in [
+            next(
+                (r for patterns, r in reasons() if any(fnmatch.fnmatchcase(str(v), p) for p in patterns)),
+                None,
+            )
+        ]
     ]
 
 
-def missing(results: Results) -> list[tuple[Key | BlockKey | str, str]]:
-    """What the committed results should hold and do not."""
-    lacking: list[tuple[Key | BlockKey | str, str]] = []
-    for one in (*grid.GRIDS.values(), grid.CPU_GRID):
-        lacking += missing_of(results, one.cells())
-    for cell in grid.block_cells():
-        for arm in ("inductor", "gatefuse-auto"):
-            if (arm, cell.mode) not in results.blocks.get(cell.key, {}):
-                lacking.append((cell.key, f": {arm}, {cell.mode}"))
+def check(results: Results, partial: bool = False) -> list[Violation]:
+    """Every violation that is an error. What was not measured is one too, unless ``partial``."""
+    found = [v for v in violations(results) if not (v.reported and v.reason)]
+    lacking = [] if partial else missing(results)
+    return found + [Violation(case, "", "", f"not measured{what}") for case, what in lacking]
+
+
+def _in_frame(frame: pd.DataFrame, thresholds: Iterable[Threshold]) -> Iterator[Violation]:
+    found = [
+        (row.Index, Violation(row.case, row.provider, row.mode, t.text(row), reported=t.reported))
+        for t in thresholds
+        for row in frame.query(t.violated, engine="python").itertuples()
+    ]
+    order = {case: i for i, case in enumerate(dict.fromkeys(frame["case"]))}
+    for _, violation in sorted(found, key=lambda f: order[f[1].case]):
+        yield violation
+
+
+def _frames(results: Results) -> Iterator[tuple[pd.DataFrame, Iterable[Threshold]]]:
+    """Each frame with what its thresholds need beside the measured."""
+    cases = results.cases.copy()
+    sizes = zip(cases["H"], cases["N"], cases["dtype"])
+    cases["most_us"] = [
+        GATE_COST_PREFILL_US.get((H, N), GATE_COST_US if N <= GATE_COST_ROWS else None)
+        if dtype == grid.DTYPE
+        else None
+        for H, N, dtype in sizes
+    ]
+    yield cases, CASES
+    sglang = results.sglang.copy()
+    sglang["case"] = [f"{r.workload} H={r.H} N={r.N}" for r in sglang.itertuples()]
+    sglang["mode"] = "-"
+    theirs = sglang[sglang["provider"] == "sglang"].set_index("case")["median_us"]
+    yield sglang.assign(sglang_us=sglang["case"].map(theirs)).sort_values(["workload", "H", "N"]), (SGLANG,)
+    yield modules_beside_inductor(results.modules), MODULES
+    yield _host_frame(results.host), HOST
+
+
+def modules_beside_inductor(modules: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the time and kernels of Inductor in the same mode."""
+    columns = dict.fromkeys([*modules.columns, "kernels", "pass_ms", "compile_s"])
+    modules = modules.reindex(columns=list(columns))
+    of = [*MODULE, "mode"]
+    inductor = modules[modules["provider"] == "inductor"][[*of, "median_us", "kernels"]]
+    inductor = inductor.rename(columns={"median_us": "inductor_us", "kernels": "inductor_kernels"})
+    modules = modules.merge(inductor, on=of, how="left").sort_values(MODULE, kind="stable")
+    modules["case"] = [f"{r.model} {r.part} N={r.tokens}" for r in modules.itertuples()]
+    return modules.assign(what=modules["mode"])
+
+
+def _host_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    columns = ["case", "what", "workload", "provider", "mode", "median_us", "inductor_us"]
+    columns += ["median_ms", "initialises_cuda", "pass_ms", "compile_s", "error"]
+    frame = pd.DataFrame(rows).reindex(columns=dict.fromkeys([*columns, "cache", "median_s"]))
+    case = {"call": "host {}", "compile": "compile {}", "import": "import"}
+    frame["case"] = [case[r.what].format(r.workload) for r in frame.itertuples()]
+    # What is imported and compiled is gatefuse's, whatever the provider.
+    frame.loc[frame["what"] == "import", ["provider", "mode"]] = ["gatefuse-auto", "default"]
+    inductor = frame[frame["provider"] == "inductor"].set_index(["what", "workload", "mode"])
+    theirs = inductor["median_us"].to_dict()
+    keys = zip(frame["what"], frame["workload"], frame["mode"])
+    frame["inductor_us"] = [theirs.get(key) for key in keys]
+    frame["compile_s"] = frame["median_s"]
+    return frame.assign(what=frame["cache"].where(frame["what"] == "compile", frame["what"]))
+
+
+def missing_of(results: Results, cases: Iterable[grid.Case]) -> list[tuple[str, str]]:
+    """The cases that lack providers, and a text that names those, empty if all lack."""
+    found = results.cases
+    keys = found[[*CASE, "provider", "mode"]].itertuples(index=False, name=None)
+    complete = found["error"].notna() | found["hot_median_us"].notna()
+    measured = dict(zip(keys, complete))
+    any_of = set(found["case"])
+    lacking: dict[str, list[str]] = {}
+    for case, N, p in grid.measured(cases):
+        if p.draw:
+            continue
+        key = (case.device, case.shapes, p.workload, case.H, N, case.dtype)
+        hot = measured.get((*key, p.name, p.mode))
+        if hot is None or (grid.is_hot(case) and not hot):
+            one = pd.Series(key, CASE)
+            text = f"{p.name}, {p.mode}" + (", hot" if hot is not None else "")
+            lacking.setdefault(case_name(one), []).append(text)
+    return [(c, f": {'; '.join(lacks)}" if c in any_of else "") for c, lacks in lacking.items()]
+
+
+def missing(results: Results) -> list[tuple[str, str]]:
+    """What the committed results should cover and do not."""
+    lacking = [part for one in grid.GRIDS.values() for part in missing_of(results, one.cases())]
+    modules = results.modules[[*MODULE, "provider", "mode"]].itertuples(index=False, name=None)
+    measured = set(modules)
+    for case in grid.module_cases():
+        for provider in grid.MODULE_PROVIDERS:
+            if (case.model, case.part, case.tokens, provider, case.mode) not in measured:
+                name = f"{case.model} {case.part} N={case.tokens}"
+                lacking.append((name, f": {provider}, {case.mode}"))
     host = {(row["what"], row.get("cache", "")) for row in results.host}
     for what in (("call", ""), ("import", ""), ("compile", "cold"), ("compile", "warm")):
         if what not in host:
