@@ -212,7 +212,11 @@ def violations(results: Results) -> list[Violation]:
         for v in found
         for reason in [
             next(
-                (r for patterns, r in reasons() if any(fnmatch.fnmatchcase(str(v), p) for p in patterns)),
+                (
+                    r
+                    for patterns, r in reasons()
+                    if any(fnmatch.fnmatchcase(str(v), p) for p in patterns)
+                ),
                 None,
             )
         ]
@@ -250,9 +254,12 @@ def _frames(results: Results) -> Iterator[tuple[pd.DataFrame, Iterable[Threshold
     yield cases, CASES
     sglang = results.sglang.copy()
     sglang["case"] = [f"{r.workload} H={r.H} N={r.N}" for r in sglang.itertuples()]
-    sglang["mode"] = "-"
+    sglang["mode"] = "beside sglang"
     theirs = sglang[sglang["provider"] == "sglang"].set_index("case")["median_us"]
-    yield sglang.assign(sglang_us=sglang["case"].map(theirs)).sort_values(["workload", "H", "N"]), (SGLANG,)
+    yield (
+        sglang.assign(sglang_us=sglang["case"].map(theirs)).sort_values(["workload", "H", "N"]),
+        (SGLANG,),
+    )
     yield modules_beside_inductor(results.modules), MODULES
     yield _host_frame(results.host), HOST
 
