@@ -12,11 +12,8 @@ from benchmarks import grid, store
 from benchmarks.grid import WORKLOADS
 from benchmarks.store import CASE, ROOT, Results
 from benchmarks.tables import (
-    EAGER,
     GATEFUSE,
     INDUCTOR,
-    LABELS,
-    TITLES,
     Tables,
     markdown,
     provenance,
@@ -28,22 +25,35 @@ README_PLACE = re.compile(r"(<!-- results: summary -->\n).*?(<!-- /results -->)"
 
 HEAD = """# Results
 
-Written by `python -m benchmarks publish` from the committed files in [results](results). How they are measured and what they say:
-[docs/performance.md](../docs/performance.md), for engines of vLLM [docs/vllm.md](../docs/vllm.md).
+Written by `python -m benchmarks publish` from the committed files in [results](results). How they
+are measured and what they say: [docs/performance.md](../docs/performance.md), for engines of vLLM
+[docs/vllm.md](../docs/vllm.md).
 
-N is the number of tokens, H the width; times are medians, with the 10th and the 90th percentile in parentheses. A number with †
-violates a threshold of [thresholds.py](thresholds.py). With ‡ gatefuse left the gate alone, because fusing it does not pay there.
+N is the number of tokens, H the width; times are medians, with the 10th and the 90th percentile in
+parentheses. A number with † violates a threshold of [thresholds.py](thresholds.py). With ‡ gatefuse
+left the gate alone there, because fusing it does not pay.
 """
 
 
 def results_document(results: Results) -> str:
-    """All tables of ``results``; what they lack is left out."""
+    """All tables of the committed results."""
     tables = Tables(results)
     parts = [HEAD.rstrip()]
     for title, section in SECTIONS.items():
         if found := [part for part in section(tables) if part]:
             parts += [f"## {title}", *found]
     return "\n\n".join(parts) + "\n"
+
+
+def report(results: Results) -> str:
+    """All tables of any results, for the terminal."""
+    tables = Tables(results)
+    parts = [f"{kind}: {provenance(h)}" for kind, hs in results.headers.items() for h in hs]
+    parts += tables.every_case()
+    for section in ("beside_sglang", "cpu", "modules", "host_calls", "compiles"):
+        parts += getattr(tables, section)()
+    parts += [vllm_tables.everything(content) for content in results.engines]
+    return "\n\n".join([*parts, *(f"VIOLATION {v}" for v in tables.violations)])
 
 
 def published() -> dict[Path, str]:

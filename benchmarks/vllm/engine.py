@@ -35,17 +35,21 @@ class Workload:
         return self.tokens_out > self.tokens_in
 
 
-def serve(arm: str, arguments: dict[str, Any], log: Path, connection: Connection) -> None:
+def serve(
+    provider: str, arguments: dict[str, Any], paths: list[str], log: Path, connection: Connection
+) -> None:
     """Start an engine and answer ``(method, workload)`` with its result, until None.
 
     The first answer tells about the start. An answer is ``(result, None)`` or ``(None, error)``.
-    The process's output goes to ``log``.
+    The process's output goes to ``log``. paths: where gatefuse and its entry points are found. A
+    spawned process takes over its parent's ``sys.path``, whatever PYTHONPATH says.
     """
+    sys.path[:0] = paths
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        engine = Engine(arm, arguments)
+        engine = Engine(provider, arguments)
         connection.send((engine.start, None))
         while (request := connection.recv()) is not None:
             method, workload = request
@@ -60,13 +64,12 @@ def serve(arm: str, arguments: dict[str, Any], log: Path, connection: Connection
 class Engine:
     """An offline vLLM engine whose core runs in this process."""
 
-    def __init__(self, arm: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, provider: str, arguments: dict[str, Any]) -> None:
         begin = time.perf_counter()
         import torch
         import vllm
 
-        if arm == "hand-kernel":
-            hand_kernel()
+        gates = hand_kernel() if provider == "hand-kernel" else []
         self.llm = vllm.LLM(**arguments)
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,6 +80,7 @@ class Engine:
             "mode": config.compilation_config.mode.name,
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
+            "hand_gates": len(gates),
         }
 
     def _requests(self, workload: Workload, tokens_out: int) -> tuple[list[Any], Any]:
@@ -196,19 +200,21 @@ def summary(events: list[tuple[str, int, int]], steps: int) -> dict[str, Any]:
     }
 
 
-def hand_kernel() -> None:
+def hand_kernel() -> list[Any]:
     """Make vLLM's shared expert end with one kernel for its gate, inside the opaque MoE op, as
-    vLLM's PR #43190 does."""
+    vLLM's PR #43190 does. Returns the gates of the experts that are made from now on."""
     from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 
     from gatefuse import linear_sigmoid_mul
 
     init, forward = Qwen2MoeMLP.__init__, Qwen2MoeMLP.forward
+    gates: list[Any] = []
 
     def without_gate(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         # Beside the module's own names: the block holds the gate and loads its weight.
         self.__dict__["hand_gate"], self.expert_gate = self.expert_gate, None
+        gates.extend([self.__dict__["hand_gate"]] if self.__dict__["hand_gate"] is not None else [])
 
     def gated(self: Any, x: Any) -> Any:
         out = forward(self, x)
@@ -216,3 +222,4 @@ def hand_kernel() -> None:
         return out if gate is None else linear_sigmoid_mul(x, gate.weight, out)
 
     Qwen2MoeMLP.__init__, Qwen2MoeMLP.forward = without_gate, gated
+    return gates

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.vllm.engine import Workload, serve
 
-__all__ = ["EngineError", "Group", "Remote"]
+__all__ = ["EngineError", "Group", "Remote", "refusal"]
 
 MIN_ROUNDS = 5
 PROFILE_S = 30.0  # kept free for the profiles of a group
@@ -37,17 +37,20 @@ class Remote:
 
     def __init__(
         self,
-        arm: str,
+        provider: str,
         arguments: dict[str, Any],
         environment: dict[str, str],
+        paths: list[str],
         log: Path,
         deadline: float,
     ) -> None:
-        self.arm, self.log, self.deadline = arm, log, deadline
+        self.provider, self.log, self.deadline = provider, log, deadline
         context = multiprocessing.get_context("spawn")
         self._connection: Connection
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(arm, arguments, log, theirs))
+        self._process = context.Process(
+            target=serve, args=(provider, arguments, paths, log, theirs)
+        )
         before = dict(os.environ)
         os.environ.update(environment)  # what a spawned process starts with
         try:
@@ -59,13 +62,13 @@ class Remote:
 
     def answer(self) -> Any:
         if not self._connection.poll(max(0.0, self.deadline + GRACE_S - time.monotonic())):
-            raise EngineError(f"{self.arm}: no answer before the deadline")
+            raise EngineError(f"{self.provider}: no answer before the deadline")
         try:
             result, error = self._connection.recv()
         except (EOFError, ConnectionError):
-            raise EngineError(f"{self.arm}: the process died; see its log") from None
+            raise EngineError(f"{self.provider}: the process died; see its log") from None
         if error is not None:
-            raise EngineError(f"{self.arm}: {error}")
+            raise EngineError(f"{self.provider}: {error}")
         return result
 
     def lines(self) -> list[str]:
@@ -77,7 +80,7 @@ class Remote:
         try:
             self._connection.send((method, workload))
         except ConnectionError:
-            raise EngineError(f"{self.arm}: the process died; see its log") from None
+            raise EngineError(f"{self.provider}: the process died; see its log") from None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -85,6 +88,22 @@ class Remote:
         self._process.join(10)
         self._process.kill()
         self._process.join()
+
+
+def refusal(provider: str, start: dict[str, Any]) -> str | None:
+    """Why an engine is not what its provider claims to be, or None. start: what it told, with the
+    ``lines`` that gatefuse logged in it."""
+    counts = re.findall(
+        r"gatefuse: (\d+) of \d+ shared-expert gates fused", "\n".join(start["lines"])
+    )
+    fused = sum(map(int, counts))
+    if provider.startswith("plugin"):
+        return None if fused else "for no gate was fused: it would be vLLM against itself"
+    if fused:
+        return f"for gatefuse fused {fused} gates"
+    if provider == "hand-kernel" and not start["hand_gates"]:
+        return "for no gate has the hand-written kernel"
+    return None
 
 
 class Group:
@@ -107,11 +126,20 @@ class Group:
         for engine in list(self.engines):
             if (start := self._try(engine, engine.answer)) is FAILED:
                 continue
-            self.content["engines"][engine.arm] = start | {"lines": engine.lines()}
-            print(f"{engine.arm}: {json.dumps(self.content['engines'][engine.arm])}", flush=True)
+            start |= {"lines": engine.lines()}
+            print(f"{engine.provider}: {json.dumps(start)}", flush=True)
+            if (problem := refusal(engine.provider, start)) is not None:
+                self._drop(engine, f"{engine.provider}: refused, {problem}")
+                continue
+            self.content["engines"][engine.provider] = start
             for workload in workloads:
-                row = {"arm": engine.arm, **asdict(workload), "start": start_number, "seconds": []}
-                self.rows[engine.arm, workload] = row
+                row = {
+                    "provider": engine.provider,
+                    **asdict(workload),
+                    "start": start_number,
+                    "seconds": [],
+                }
+                self.rows[engine.provider, workload] = row
                 self.content["rows"].append(row)
 
     def measure(self, rounds: int, share: float, deadline: float) -> None:
@@ -123,13 +151,15 @@ class Group:
             if begin + longest > limit - PROFILE_S:
                 break
             first = done % max(1, len(self.engines))
-            for (arm, workload), seconds in self._ask("time", first):
+            for (provider, workload), seconds in self._ask("time", first):
                 if done:
-                    self.rows[arm, workload]["seconds"].append(round(seconds, 5))
+                    self.rows[provider, workload]["seconds"].append(round(seconds, 5))
             longest = max(longest, time.monotonic() - begin) if done else 0.0
             print(f"round {done} ({time.monotonic() - begin:.0f} s)", flush=True)
         if self.engines and not longest:
-            self._note(f"{', '.join(e.arm for e in self.engines)}: too little time for a round")
+            self._note(
+                f"{', '.join(e.provider for e in self.engines)}: too little time for a round"
+            )
         for row in self.rows.values():
             row |= rates(row)
 
@@ -150,16 +180,19 @@ class Group:
                 ]
                 for engine in asked:
                     if (answer := self._try(engine, engine.answer)) is not FAILED:
-                        yield (engine.arm, workload), answer
+                        yield (engine.provider, workload), answer
 
     def _try(self, engine: Remote, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except EngineError as error:
-            self._note(str(error))
-            self.engines.remove(engine)
-            engine.close()
+            self._drop(engine, str(error))
             return FAILED
+
+    def _drop(self, engine: Remote, error: str) -> None:
+        self._note(error)
+        self.engines.remove(engine)
+        engine.close()
 
     def _note(self, error: str) -> None:
         self.content["errors"].append(error)

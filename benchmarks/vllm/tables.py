@@ -127,8 +127,8 @@ def gate_us(content: dict[str, Any], runs: pd.DataFrame) -> pd.Series:
     """What the gate takes on the device, in µs per layer, where kernels run beside each other also.
 
     In vLLM as it is: the kernels that the plugin's step lacks, other than code that Inductor
-    generates. In another provider: those, and what its own kernels take more than the ones that
-    they replace. Negative where a kernel that also computes the gate is faster than the one without.
+    generates. In another provider: those, and what its own kernels take more than the ones they
+    replace. Negative where a kernel that also computes the gate is faster than one without.
     """
     costs = {}
     for (provider, name), row in runs.iterrows():

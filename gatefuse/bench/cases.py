@@ -11,8 +11,8 @@ NO_GATE = "_nogate"
 """Suffix of the workload that lacks the gate and is otherwise the same."""
 
 DRAWS = 3
-"""Compiles of a provider of these workloads in a mode that tunes: two compiles of one program differ
-by 20 % and more, now and then by a factor of two. A user gets one of them, so their mean counts."""
+"""Compiles of a provider in a mode that tunes: two compiles of one program differ by 20 % and more,
+now and then by a factor of two. A user gets one of them, so their mean counts."""
 
 CPU_DRAWS = 2
 """The same on the CPU, where what is compiled first can be a few percent faster with cold caches:
@@ -94,6 +94,12 @@ class Case:
 
     def columns(self, provider: Provider, N: int) -> dict[str, Any]:
         """The columns of a result row that tell what it is of."""
-        of = {"workload": provider.workload, "provider": provider.name, "mode": provider.mode}
-        of |= {"draw": provider.draw, "shapes": self.shapes, "H": self.H, "N": N}
+        of: dict[str, Any] = {"workload": provider.workload, "provider": provider.name}
+        of |= {
+            "mode": provider.mode,
+            "draw": provider.draw,
+            "shapes": self.shapes,
+            "H": self.H,
+            "N": N,
+        }
         return of | {"dtype": self.dtype}

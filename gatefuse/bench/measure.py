@@ -160,13 +160,14 @@ def time_providers(
     N: int,
     case: Case,
     rounds: int,
-    alone: AbstractContextManager[Any] = contextlib.nullcontext(),
+    alone: AbstractContextManager[Any] | None = None,
     hot: bool = False,
 ) -> list[Row]:
     """Check, capture and time all providers at ``N`` rows; one result row each, µs per call.
 
     alone: held while the device must be left to this process. hot: every call uses the same inputs.
     """
+    alone = contextlib.nullcontext() if alone is None else alone
     device, dtype = case.device, getattr(torch, case.dtype)
     moved = {w: bytes_of(w, case.H, N, dtype) for w in case.workloads}
     plans = {w: plan(*moved[w], WORKLOADS[w](case.H).kernels, device) for w in case.workloads}

@@ -48,8 +48,9 @@ def run(device: str, out: Path, time_budget: float, quick: bool, header: Row) ->
         if started + longest > begin + time_budget:
             break
         with torch.no_grad():
-            runs = compile_case(case, *case.rows)
-            content["rows"] += time_providers(runs, *case.rows, case, rounds_of(device, quick))
+            (N,) = case.rows
+            runs = compile_case(case, N)
+            content["rows"] += time_providers(runs, N, case, rounds_of(device, quick))
         content["not_run"].remove(str(case))
         longest = max(longest, time.monotonic() - started)
         print(f"{time.monotonic() - begin:5.0f} s  {case}", file=sys.stderr, flush=True)

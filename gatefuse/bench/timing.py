@@ -6,7 +6,7 @@ buffer of three times the L2 cache is read, and no set is used twice in a replay
 is itself larger than that: every call finds its inputs in device memory. Before that read the
 device spins for as long as the host may need to launch the graph, so no launch latency is timed.
 Replays of all providers are interleaved, one per provider and round, in a random order and then in
-its reverse: drift of clocks and what a provider leaves behind (spinning threads, say) hit all alike.
+its reverse, which spreads the drift of clocks and what a provider leaves behind over all alike.
 
 On the CPU the same plan runs as a plain loop under the wall clock.
 """
