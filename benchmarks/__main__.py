@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import grid, store
-from benchmarks.store import BenchError
-from benchmarks.sweep import Run
+from benchmarks import grid
+from benchmarks.sweep import BenchError, Run
 
 DTYPES = ("bfloat16", "float16", "float32")
 WIDTHS = tuple(sorted({*grid.WIDTHS, *grid.GRIDS["widths"].widths}))
@@ -103,7 +102,7 @@ def _chosen(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from benchmarks import thresholds
+    from benchmarks import store, thresholds
 
     found = store.load(args.files) if args.files else store.committed()
     violations = thresholds.check(found, args.partial)
@@ -115,14 +114,14 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from benchmarks import publish
+    from benchmarks import publish, store
 
     print(publish.report(store.load(args.files)))
     return 0
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from benchmarks import plots, publish
+    from benchmarks import plots, publish, store
 
     for path, text in publish.published().items():
         path.write_text(text)
@@ -133,7 +132,7 @@ def _publish(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks import publish
+    from benchmarks import publish, store
     from gatefuse.bench.run import rounds_of
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,10 +27,8 @@ import torch._dynamo.config
 from torch._inductor.utils import fresh_cache
 
 import gatefuse
-from benchmarks import store
 from benchmarks.grid import DTYPE, Provider
-from benchmarks.store import Row
-from benchmarks.sweep import Run
+from benchmarks.sweep import Row, Run
 from gatefuse import report
 from gatefuse.bench.cases import providers_of
 from gatefuse.bench.measure import checker, columns, compile_provider, function_of, fusion_facts
@@ -112,7 +110,7 @@ def import_row(repeats: int) -> Row:
             capture_output=True,
             text=True,
             check=True,
-            cwd=store.ROOT,
+            cwd=Path(__file__).parents[1],
         )
         milliseconds, initialised = process.stdout.split()
         times.append(float(milliseconds))
@@ -206,6 +204,8 @@ def run(
 ) -> tuple[Path, int]:
     """Measure all; the most telling first. Returns the result file and an exit code: 1 if a
     provider failed, 2 if the time was over before all was measured."""
+    from benchmarks import store
+
     repeats = Repeats(3, 1, 1) if run.small else Repeats()
     begin = time.monotonic()
     path = store.new_path(run.out, "host")

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from filelock import BaseFileLock
 
-from benchmarks.store import Row
-from benchmarks.sweep import Run, sweep
+from benchmarks.sweep import Row, Run, sweep
 from gatefuse import kernels
 from gatefuse.bench.measure import columns
 from gatefuse.bench.timing import Replay, interleaved, plan

@@ -35,8 +35,7 @@ import gatefuse
 from benchmarks import grid, model_zoo
 from benchmarks.grid import ModuleCase
 from benchmarks.run_host import timed_pass
-from benchmarks.store import BenchError, Row
-from benchmarks.sweep import Run, guard_tuning, sweep
+from benchmarks.sweep import BenchError, Row, Run, guard_tuning, sweep
 from gatefuse.bench.measure import (
     columns,
     fusion_facts,

@@ -25,8 +25,7 @@ from filelock import BaseFileLock
 from torch import Tensor, nn
 
 import gatefuse
-from benchmarks.store import BenchError, Row
-from benchmarks.sweep import Run, sweep
+from benchmarks.sweep import BenchError, Row, Run, sweep
 from gatefuse import kernels
 from gatefuse.bench.measure import columns
 from gatefuse.bench.timing import Replay, interleaved, plan

@@ -17,8 +17,7 @@ from filelock import BaseFileLock
 from torch import Tensor, nn
 
 from benchmarks.grid import NO_GATE, VARIANTS, Case, Provider, is_hot
-from benchmarks.store import Row
-from benchmarks.sweep import Run, guard_tuning, sweep
+from benchmarks.sweep import Row, Run, guard_tuning, sweep
 from gatefuse.bench.measure import (
     Running,
     compile_case,

@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.grid import DTYPE, NO_GATE
+from benchmarks.sweep import Row
 
 ROOT = Path(__file__).parents[1]
 
-Row = dict[str, Any]
 CASE = ["device", "shapes", "workload", "H", "N", "dtype"]
 TIMES = [f"{hot}{name}_us" for hot in ("", "hot_") for name in ("median", "p10", "p90")]
 MODULE = ["model", "part", "tokens"]
@@ -36,10 +36,6 @@ KINDS = {
     "peer": "sglang",
     "launch-rule": "launch-config",
 }
-
-
-class BenchError(RuntimeError):
-    """The command cannot run here; the message says what is missing."""
 
 
 def header(device: str, arguments: list[str]) -> Row:
@@ -190,7 +186,15 @@ def collect(files: Iterable[dict[str, Any]]) -> Results:
 def _frame(rows: list[Row], columns: list[str]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     all_ = dict.fromkeys([*columns, "provider", "mode", "error", "file", *frame.columns])
-    return frame.reindex(columns=list(all_))
+    frame = numeric(frame.reindex(columns=list(all_)))
+    texts = {name: "str" for name in frame if frame[name].dtype == object}
+    return frame.astype(texts) if frame.empty else frame
+
+
+def numeric(frame: pd.DataFrame) -> pd.DataFrame:
+    """With its measured columns as floats, those that are empty also."""
+    ends = ("_us", "_ms", "_s", "kernels", "bytes", "fused")
+    return frame.astype({name: float for name in frame if str(name).endswith(ends)})
 
 
 def _newest(frame: pd.DataFrame, more: list[str]) -> pd.DataFrame:

@@ -25,16 +25,18 @@ from typing import Any, TypeVar
 from filelock import BaseFileLock, FileLock
 from pebble import ProcessExpired, ProcessPool
 
-from benchmarks import store
-from benchmarks.store import Row
-
 GRACE_S = 15.0  # what cases that outlast the deadline are given to end
 
+Row = dict[str, Any]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Work = Callable[[Item, BaseFileLock], Result]
 
 _folder = ""  # of this process's pool
+
+
+class BenchError(RuntimeError):
+    """The command cannot run here; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def sweep(
     ``failed_rows`` makes the rows of a case whose process died. Returns the result file and an exit
     code: 1 if a provider failed, 2 if the time was over before all cases were measured.
     """
+    from benchmarks import store  # its pandas is not for the processes that measure
+
     begin = time.monotonic()
     path = store.new_path(run.out, kind)
     # Many processes compile at once: each does it by itself, and tuning prints no tables.

@@ -254,10 +254,12 @@ class Tables:
         rows = self.cases[(self.cases["device"] == "cpu") & self.cases["workload"].isin(TITLES)]
         order = {workload: i for i, workload in enumerate(TITLES)}
         rows = rows.assign(order=rows["workload"].map(order))
-        for (dtype, H, _), group in rows.groupby(["dtype", "H", "order"]):
+        rows = rows.assign(dynamic=rows["shapes"].where(rows["shapes"] != "static", ""))
+        for (shapes, dtype, H, _), group in rows.groupby(["dynamic", "dtype", "H", "order"]):
             table = self.lines(group, "spread", (EAGER, INDUCTOR, GATEFUSE))
             ratios = self.lines(group, "of", [GATEFUSE]).set_axis(["gatefuse / Inductor"])
-            title = f"{TITLES[group['workload'].iloc[0]]}, H = {H}, {dtype}, µs:"
+            title = f"{TITLES[group['workload'].iloc[0]]}, H = {H}, {dtype}"
+            title += f", {shapes}, µs:" if shapes else ", µs:"
             parts += [title, markdown(pd.concat([table, ratios]))]
         return parts
 

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks import grid
-from benchmarks.store import CASE, MODULE, ROOT, Results, case_name
+from benchmarks.store import CASE, MODULE, ROOT, Results, case_name, numeric
 
 SLOWER = 1.02
 """gatefuse over Inductor alone in the same mode, in every case, and, of the gate alone in default
@@ -231,6 +231,7 @@ def check(results: Results, partial: bool = False) -> list[Violation]:
 
 
 def _in_frame(frame: pd.DataFrame, thresholds: Iterable[Threshold]) -> Iterator[Violation]:
+    frame = numeric(frame)
     found = [
         (row.Index, Violation(row.case, row.provider, row.mode, t.text(row), reported=t.reported))
         for t in thresholds
