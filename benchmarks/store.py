@@ -187,8 +187,8 @@ def _frame(rows: list[Row], columns: list[str]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     all_ = dict.fromkeys([*columns, "provider", "mode", "error", "file", *frame.columns])
     frame = numeric(frame.reindex(columns=list(all_)))
-    texts = {name: "str" for name in frame if frame[name].dtype == object}
-    return frame.astype(texts) if frame.empty else frame
+    texts = ("device", "shapes", "workload", "dtype", "model", "part", "provider", "mode")
+    return frame.astype({name: "str" for name in texts if name in frame})
 
 
 def numeric(frame: pd.DataFrame) -> pd.DataFrame:
