@@ -9,7 +9,7 @@ import dataclasses
 import fnmatch
 import functools
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +57,11 @@ IMPORT_MS = 50.0
 
 @dataclass(frozen=True)
 class Threshold:
-    """What of a frame's rows violates it, as pandas' ``query`` takes it, and the text for such a
-    row; ``reported`` if only one without a known reason is an error."""
+    """What of a frame's rows violates it, as pandas' ``query`` takes it, and the text, a format of
+    the row ``r``. reported: such a violation is an error only without a known reason."""
 
     violated: str
-    text: Callable[[Any], str]
+    text: str
     reported: bool = False
 
 
@@ -81,114 +81,90 @@ class Violation:
         return f"{self.case}: {self.text}"
 
 
-FAILED = Threshold("error.notna()", lambda r: f"{r.provider}, {r.mode} failed: {r.error}")
 FUSED = "provider == 'gatefuse-auto'"
-DEFAULT = f"{FUSED} and mode == 'default' and shapes == 'static' and device == 'cuda'"
-ALONE = "workload in ('mul', 'add') and shapes == 'static' and device == 'cuda'"
+GPU = "shapes == 'static' and device == 'cuda'"
+DEFAULT = f"{FUSED} and mode == 'default' and {GPU}"
+ALONE = "workload in ('mul', 'add')"
+KERNEL = f"provider == 'op' and {ALONE} and {GPU}"
+
+FAILED = Threshold("error.notna()", "{r.provider}, {r.mode} failed: {r.error}")
+PASS = f"pass_ms > {PASS_SHARE} * compile_s * 1e3"
+PASS_TEXT = "{r.what}: the pass takes {r.pass_ms:.1f} ms, {r.pass_percent:.2f} % of the compile"
 
 CASES = (
     FAILED,
     Threshold(
         f"{FUSED} and median_us > {SLOWER} * inductor_us",
-        lambda r: (
-            f"{r.mode}: gatefuse {r.median_us:.2f} us is {r.ratio:.3f} of Inductor's "
-            f"{r.inductor_us:.2f}"
-        ),
+        "{r.mode}: gatefuse {r.median_us:.2f} us is {r.ratio:.3f} of Inductor's "
+        "{r.inductor_us:.2f}",
     ),
     Threshold(
         f"{FUSED} and hot_median_us > {SLOWER} * hot_inductor_us",
-        lambda r: (
-            f"{r.mode}, hot: gatefuse {r.hot_median_us:.2f} us is "
-            f"{r.hot_median_us / r.hot_inductor_us:.3f} of Inductor's {r.hot_inductor_us:.2f}"
-        ),
+        "{r.mode}, hot: gatefuse {r.hot_median_us:.2f} us is {r.hot_ratio:.3f} of Inductor's "
+        "{r.hot_inductor_us:.2f}",
     ),
     Threshold(
         f"{DEFAULT} and {ALONE} and median_us > {SLOWER} * best_us",
-        lambda r: (
-            f"gatefuse {r.median_us:.2f} us is {r.median_us / r.best_us:.3f} of the best "
-            f"provider's {r.best_us:.2f} ({r.best})"
-        ),
+        "gatefuse {r.median_us:.2f} us is {r.of_best:.3f} of the best provider's {r.best_us:.2f} "
+        "({r.best})",
     ),
     Threshold(
         f"{DEFAULT} and {ALONE} and N <= {SMALL_ROWS} and median_us * {SPEEDUP} > inductor_us",
-        lambda r: (
-            f"gatefuse {r.median_us:.2f} us is {r.inductor_us / r.median_us:.2f} times as fast as "
-            f"Inductor, not {SPEEDUP}"
-        ),
+        "gatefuse {r.median_us:.2f} us is {r.speedup:.2f} times as fast as Inductor, "
+        f"not {SPEEDUP}",
     ),
     Threshold(
-        f"{ALONE} and provider == 'op' and N >= {SMALL_ROWS} "
-        f"and median_us > {ROOFLINE_RATIO} * roofline_us",
-        lambda r: (
-            f"the kernel takes {r.median_us:.2f} us, {r.median_us / r.roofline_us:.3f} of the "
-            f"roofline {r.roofline_us:.2f}"
-        ),
+        f"{KERNEL} and N >= {SMALL_ROWS} and median_us > {ROOFLINE_RATIO} * roofline_us",
+        "the kernel takes {r.median_us:.2f} us, {r.of_roofline:.3f} of the roofline "
+        "{r.roofline_us:.2f}",
     ),
     Threshold(
-        f"{ALONE} and provider == 'op' and N <= {BASELINE_ROWS} "
-        f"and median_us > baseline_us + {BASELINE_US}",
-        lambda r: f"the kernel takes {r.median_us:.2f} us, the best known one {r.baseline_us:.2f}",
+        f"{KERNEL} and N <= {BASELINE_ROWS} and median_us > baseline_us + {BASELINE_US}",
+        "the kernel takes {r.median_us:.2f} us, the best known one {r.baseline_us:.2f}",
     ),
     Threshold(
         f"{DEFAULT} and N <= {SMALL_ROWS} and 0 < inductor_cost_us "
         f"and inductor_cost_us < {GATE_COST_RATIO} * cost_us",
-        lambda r: (
-            f"the gate costs {r.cost_us:.2f} us, {r.inductor_cost_us / r.cost_us:.1f} times less "
-            f"than under Inductor ({r.inductor_cost_us:.2f}), not {GATE_COST_RATIO:.0f}"
-        ),
+        "the gate costs {r.cost_us:.2f} us, {r.cost_ratio:.1f} times less than under Inductor "
+        f"({{r.inductor_cost_us:.2f}}), not {GATE_COST_RATIO:.0f}",
     ),
     Threshold(
         f"{DEFAULT} and cost_us > most_us and inductor_cost_us.notna()",
-        lambda r: f"the gate costs {r.cost_us:.2f} us > {r.most_us}",
+        "the gate costs {r.cost_us:.2f} us > {r.most_us}",
     ),
     Threshold(
         f"{DEFAULT} and workload == 'glue' and median_us > {EXPLAINED} * best_us",
-        lambda r: f"best provider {r.best} {r.best_us:.2f} us, gatefuse {r.median_us:.2f}",
+        "best provider {r.best} {r.best_us:.2f} us, gatefuse {r.median_us:.2f}",
         reported=True,
     ),
 )
-
-PASS = Threshold(
-    f"pass_ms > {PASS_SHARE} * compile_s * 1e3",
-    lambda r: (
-        f"{r.what}: the pass takes {r.pass_ms:.1f} ms, {r.pass_ms / r.compile_s / 10:.2f} % of "
-        "the compile"
-    ),
-)
-
 MODULES = (
     FAILED,
     Threshold(
         f"{FUSED} and median_us > {SLOWER} * inductor_us",
-        lambda r: (
-            f"{r.mode}: gatefuse {r.median_us:.1f} us is {r.median_us / r.inductor_us:.3f} of "
-            f"Inductor's {r.inductor_us:.1f}"
-        ),
+        "{r.mode}: gatefuse {r.median_us:.1f} us is {r.ratio:.3f} of Inductor's "
+        "{r.inductor_us:.1f}",
     ),
     Threshold(
         f"{FUSED} and kernels > inductor_kernels",
-        lambda r: (
-            f"{r.mode}: gatefuse launches {r.kernels:g} kernels, Inductor {r.inductor_kernels:g}"
-        ),
+        "{r.mode}: gatefuse launches {r.kernels:g} kernels, Inductor {r.inductor_kernels:g}",
     ),
-    dataclasses.replace(PASS, violated=f"{FUSED} and {PASS.violated}"),
+    Threshold(f"{FUSED} and {PASS}", PASS_TEXT),
 )
-
-SGLANG = Threshold(
-    f"provider == 'op' and N <= {BASELINE_ROWS} and median_us > sglang_us + {BASELINE_US}",
-    lambda r: (
-        f"side by side the op takes {r.median_us:.2f} us, the best known kernel {r.sglang_us:.2f}"
+SGLANG = (
+    Threshold(
+        f"provider == 'op' and N <= {BASELINE_ROWS} and median_us > sglang_us + {BASELINE_US}",
+        "side by side the op takes {r.median_us:.2f} us, the best known kernel {r.sglang_us:.2f}",
     ),
 )
-
 HOST = (
-    dataclasses.replace(FAILED, text=lambda r: f"{r.provider} failed: {r.error}"),
-    Threshold(f"median_ms > {IMPORT_MS}", lambda r: f"{r.median_ms} ms > {IMPORT_MS}"),
-    Threshold("initialises_cuda == True", lambda r: "initialises CUDA"),
-    PASS,
+    Threshold("error.notna()", "{r.provider} failed: {r.error}"),
+    Threshold(f"median_ms > {IMPORT_MS}", f"{{r.median_ms}} ms > {IMPORT_MS}"),
+    Threshold("initialises_cuda == True", "initialises CUDA"),
+    Threshold(PASS, PASS_TEXT),
     Threshold(
         f"{FUSED} and median_us > inductor_us",
-        lambda r: f"{r.mode}: gatefuse {r.median_us:.1f} us > Inductor {r.inductor_us:.1f}",
+        "{r.mode}: gatefuse {r.median_us:.1f} us > Inductor {r.inductor_us:.1f}",
     ),
 )
 
@@ -203,24 +179,19 @@ def reasons() -> list[tuple[list[str], str]]:
 def violations(results: Results) -> list[Violation]:
     """All of them, by case, with the first reason whose pattern fits the line."""
     found = [
-        violation
-        for frame, thresholds in _frames(results)
-        for violation in _in_frame(frame, thresholds)
+        *_in_frame(_cases(results.cases), CASES),
+        *_in_frame(_sglang(results.sglang), SGLANG),
+        *_in_frame(modules_beside_inductor(results.modules), MODULES),
+        *_in_frame(_host(results.host), HOST),
     ]
-    return [
-        dataclasses.replace(v, reason=reason)
-        for v in found
-        for reason in [
-            next(
-                (
-                    r
-                    for patterns, r in reasons()
-                    if any(fnmatch.fnmatchcase(str(v), p) for p in patterns)
-                ),
-                None,
-            )
-        ]
-    ]
+    return [dataclasses.replace(violation, reason=_reason(str(violation))) for violation in found]
+
+
+def _reason(line: str) -> str | None:
+    for patterns, reason in reasons():
+        if any(fnmatch.fnmatchcase(line, pattern) for pattern in patterns):
+            return reason
+    return None
 
 
 def check(results: Results, partial: bool = False) -> list[Violation]:
@@ -230,39 +201,43 @@ def check(results: Results, partial: bool = False) -> list[Violation]:
     return found + [Violation(case, "", "", f"not measured{what}") for case, what in lacking]
 
 
-def _in_frame(frame: pd.DataFrame, thresholds: Iterable[Threshold]) -> Iterator[Violation]:
+def _in_frame(frame: pd.DataFrame, thresholds: Iterable[Threshold]) -> list[Violation]:
     frame = numeric(frame)
     found = [
-        (row.Index, Violation(row.case, row.provider, row.mode, t.text(row), reported=t.reported))
+        Violation(row.case, row.provider, row.mode, t.text.format(r=row), reported=t.reported)
         for t in thresholds
         for row in frame.query(t.violated, engine="python").itertuples()
     ]
-    order = {case: i for i, case in enumerate(dict.fromkeys(frame["case"]))}
-    for _, violation in sorted(found, key=lambda f: order[f[1].case]):
-        yield violation
+    order = {case: i for i, case in enumerate(frame["case"].unique())}
+    return sorted(found, key=lambda violation: order[violation.case])
 
 
-def _frames(results: Results) -> Iterator[tuple[pd.DataFrame, Iterable[Threshold]]]:
-    """Each frame with what its thresholds need beside the measured."""
-    cases = results.cases.copy()
+# Each frame with what its thresholds need beside the measured.
+
+
+def _cases(cases: pd.DataFrame) -> pd.DataFrame:
     sizes = zip(cases["H"], cases["N"], cases["dtype"])
-    cases["most_us"] = [
+    most = [
         GATE_COST_PREFILL_US.get((H, N), GATE_COST_US if N <= GATE_COST_ROWS else None)
         if dtype == grid.DTYPE
         else None
         for H, N, dtype in sizes
     ]
-    yield cases, CASES
-    sglang = results.sglang.copy()
-    sglang["case"] = [f"{r.workload} H={r.H} N={r.N}" for r in sglang.itertuples()]
-    sglang["mode"] = "beside sglang"
-    theirs = sglang[sglang["provider"] == "sglang"].set_index("case")["median_us"]
-    yield (
-        sglang.assign(sglang_us=sglang["case"].map(theirs)).sort_values(["workload", "H", "N"]),
-        (SGLANG,),
+    return cases.assign(
+        most_us=most,
+        hot_ratio=cases["hot_median_us"] / cases["hot_inductor_us"],
+        of_best=cases["median_us"] / cases["best_us"],
+        speedup=cases["inductor_us"] / cases["median_us"],
+        of_roofline=cases["median_us"] / cases["roofline_us"],
+        cost_ratio=cases["inductor_cost_us"] / cases["cost_us"],
     )
-    yield modules_beside_inductor(results.modules), MODULES
-    yield _host_frame(results.host), HOST
+
+
+def _sglang(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = rows.sort_values(["workload", "H", "N"], kind="stable")
+    rows["case"] = [f"{r.workload} H={r.H} N={r.N}" for r in rows.itertuples()]
+    theirs = rows[rows["provider"] == "sglang"].set_index("case")["median_us"]
+    return rows.assign(sglang_us=rows["case"].map(theirs), mode="beside sglang")
 
 
 def modules_beside_inductor(modules: pd.DataFrame) -> pd.DataFrame:
@@ -273,24 +248,30 @@ def modules_beside_inductor(modules: pd.DataFrame) -> pd.DataFrame:
     inductor = modules[modules["provider"] == "inductor"][[*of, "median_us", "kernels"]]
     inductor = inductor.rename(columns={"median_us": "inductor_us", "kernels": "inductor_kernels"})
     modules = modules.merge(inductor, on=of, how="left").sort_values(MODULE, kind="stable")
-    modules["case"] = [f"{r.model} {r.part} N={r.tokens}" for r in modules.itertuples()]
-    return modules.assign(what=modules["mode"])
+    return modules.assign(
+        case=[f"{r.model} {r.part} N={r.tokens}" for r in modules.itertuples()],
+        what=modules["mode"],
+        ratio=modules["median_us"] / modules["inductor_us"],
+        pass_percent=modules["pass_ms"] / modules["compile_s"] / 10,
+    )
 
 
-def _host_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    columns = ["case", "what", "workload", "provider", "mode", "median_us", "inductor_us"]
-    columns += ["median_ms", "initialises_cuda", "pass_ms", "compile_s", "error"]
-    frame = pd.DataFrame(rows).reindex(columns=dict.fromkeys([*columns, "cache", "median_s"]))
+def _host(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    columns = ["what", "workload", "provider", "mode", "cache", "error", "initialises_cuda"]
+    columns += ["median_us", "median_ms", "median_s", "pass_ms"]
+    frame = numeric(pd.DataFrame(rows).reindex(columns=columns))
     case = {"call": "host {}", "compile": "compile {}", "import": "import"}
     frame["case"] = [case[r.what].format(r.workload) for r in frame.itertuples()]
-    # What is imported and compiled is gatefuse's, whatever the provider.
-    frame.loc[frame["what"] == "import", ["provider", "mode"]] = ["gatefuse-auto", "default"]
-    inductor = frame[frame["provider"] == "inductor"].set_index(["what", "workload", "mode"])
-    theirs = inductor["median_us"].to_dict()
-    keys = zip(frame["what"], frame["workload"], frame["mode"])
-    frame["inductor_us"] = [theirs.get(key) for key in keys]
-    frame["compile_s"] = frame["median_s"]
-    return frame.assign(what=frame["cache"].where(frame["what"] == "compile", frame["what"]))
+    is_import, is_compile = (frame["what"] == what for what in ("import", "compile"))
+    frame.loc[is_import, ["provider", "mode"]] = ["gatefuse-auto", "default"]
+    inductor = frame[(frame["provider"] == "inductor") & (frame["what"] == "call")]
+    theirs = dict(zip(zip(inductor["workload"], inductor["mode"]), inductor["median_us"]))
+    return frame.assign(
+        inductor_us=[theirs.get(key) for key in zip(frame["workload"], frame["mode"])],
+        compile_s=frame["median_s"],
+        what=frame["cache"].where(is_compile, frame["what"]),
+        pass_percent=frame["pass_ms"] / frame["median_s"] / 10,
+    )
 
 
 def missing_of(results: Results, cases: Iterable[grid.Case]) -> list[tuple[str, str]]:
@@ -299,7 +280,6 @@ def missing_of(results: Results, cases: Iterable[grid.Case]) -> list[tuple[str, 
     keys = found[[*CASE, "provider", "mode"]].itertuples(index=False, name=None)
     complete = found["error"].notna() | found["hot_median_us"].notna()
     measured = dict(zip(keys, complete))
-    any_of = set(found["case"])
     lacking: dict[str, list[str]] = {}
     for case, N, p in grid.measured(cases):
         if p.draw:
@@ -310,7 +290,10 @@ def missing_of(results: Results, cases: Iterable[grid.Case]) -> list[tuple[str, 
             one = pd.Series(key, CASE)
             text = f"{p.name}, {p.mode}" + (", hot" if hot is not None else "")
             lacking.setdefault(case_name(one), []).append(text)
-    return [(c, f": {'; '.join(lacks)}" if c in any_of else "") for c, lacks in lacking.items()]
+    return [
+        (c, f": {'; '.join(lacks)}" if c in set(found["case"]) else "")
+        for c, lacks in lacking.items()
+    ]
 
 
 def missing(results: Results) -> list[tuple[str, str]]:
