@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gatefuse.bench.cases import NO_GATE, WORKLOADS, Case, Provider
 
@@ -72,17 +73,34 @@ GRIDS = {
 """What the committed results must cover, by the names that the suite ``workloads`` takes."""
 
 
-def is_hot(case: Case) -> bool:
+class Key(NamedTuple):
+    """One workload at one size: the smallest thing that is measured with all its providers."""
+
+    device: str
+    shapes: str
+    workload: str
+    H: int
+    N: int
+    dtype: str
+
+    def __str__(self) -> str:
+        parts = [self.workload, f"H={self.H}", f"N={self.N}"]
+        parts += [self.shapes] if self.shapes != "static" else []
+        parts += [self.dtype] if self.dtype != DTYPE or self.device == "cpu" else []
+        return " ".join(parts + (["CPU"] if self.device == "cpu" else []))
+
+
+def is_hot(case: Case | Key) -> bool:
     """Whether a case is timed on hot inputs as well."""
     return case.shapes == "static" and case.workload in ("mul", "add")
 
 
-def measured(cases: Iterable[Case]) -> Iterator[tuple[Case, int, Provider]]:
-    """Everything that the cases measure: case, rows, provider."""
+def measured(cases: Iterable[Case]) -> Iterator[tuple[Key, Provider]]:
+    """Everything that the cases measure."""
     for case in cases:
         for N in case.rows:
-            for provider in case.providers():
-                yield case, N, provider
+            for p in case.providers():
+                yield Key(case.device, case.shapes, p.workload, case.H, N, case.dtype), p
 
 
 @dataclass(frozen=True)

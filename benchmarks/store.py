@@ -15,12 +15,12 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.grid import DTYPE, NO_GATE
+from benchmarks.grid import DTYPE, NO_GATE, Key
 from benchmarks.sweep import Row
 
 ROOT = Path(__file__).parents[1]
 
-CASE = ["device", "shapes", "workload", "H", "N", "dtype"]
+CASE = list(Key._fields)
 TIMES = [f"{hot}{name}_us" for hot in ("", "hot_") for name in ("median", "p10", "p90")]
 MODULE = ["model", "part", "tokens"]
 BESIDE = ("roofline", "op")
@@ -214,7 +214,8 @@ def _expected(cases: pd.DataFrame) -> pd.DataFrame:
             cases.loc[several, f"{hot}{name}_us"] = cases[f"{hot}median_us"]
     steps = dict(zip(TIMES, ("mean", "min", "max") * 2))
     steps |= {"bytes": "first", "fused": "first", "error": "first"}
-    cases = cases.groupby(of).agg(steps).reset_index()
+    cases = cases.groupby(of, sort=False).agg(steps).reset_index()
+    cases = cases.sort_values(CASE, kind="stable", ignore_index=True)
     cases.loc[cases["error"].notna(), TIMES] = float("nan")
     return _with_ratios(cases)
 
@@ -232,7 +233,7 @@ def _fastest(modules: pd.DataFrame) -> pd.DataFrame:
 
 def _with_ratios(cases: pd.DataFrame) -> pd.DataFrame:
     """Beside each time those that it is compared with, all of the same run."""
-    cases["case"] = [case_name(row) for row in cases[CASE].itertuples()]
+    cases["case"] = [str(Key(*key)) for key in cases[CASE].itertuples(index=False)]
     mode = ["mode"]
     for hot in ("", "hot_"):
         inductor = cases[cases["provider"] == "inductor"]
@@ -272,11 +273,3 @@ def _look_up(cases: pd.DataFrame, rows: pd.DataFrame, column: str, more: list[st
     of = [*CASE, *more]
     found = cases[of].merge(rows[[*of, column]], on=of, how="left")
     return found[column].set_axis(cases.index)
-
-
-def case_name(case: Any) -> str:
-    """A case in a line."""
-    parts = [case.workload, f"H={case.H}", f"N={case.N}"]
-    parts += [case.shapes] if case.shapes != "static" else []
-    parts += [case.dtype] if case.dtype != DTYPE or case.device == "cpu" else []
-    return " ".join(parts + (["CPU"] if case.device == "cpu" else []))

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks import grid
-from benchmarks.store import CASE, MODULE, ROOT, Results, case_name, numeric
+from benchmarks.store import CASE, MODULE, ROOT, Results, numeric
 
 SLOWER = 1.02
 """gatefuse over Inductor alone in the same mode, in every case, and, of the gate alone in default
@@ -278,22 +278,15 @@ def missing_of(results: Results, cases: Iterable[grid.Case]) -> list[tuple[str, 
     """The cases that lack providers, and a text that names those, empty if all lack."""
     found = results.cases
     keys = found[[*CASE, "provider", "mode"]].itertuples(index=False, name=None)
-    complete = found["error"].notna() | found["hot_median_us"].notna()
-    measured = dict(zip(keys, complete))
-    lacking: dict[str, list[str]] = {}
-    for case, N, p in grid.measured(cases):
-        if p.draw:
-            continue
-        key = (case.device, case.shapes, p.workload, case.H, N, case.dtype)
+    measured = dict(zip(keys, found["error"].notna() | found["hot_median_us"].notna()))
+    lacking: dict[grid.Key, list[str]] = {}
+    for key, p in grid.measured(cases):
         hot = measured.get((*key, p.name, p.mode))
-        if hot is None or (grid.is_hot(case) and not hot):
-            one = pd.Series(key, CASE)
+        if not p.draw and (hot is None or (grid.is_hot(key) and not hot)):
             text = f"{p.name}, {p.mode}" + (", hot" if hot is not None else "")
-            lacking.setdefault(case_name(one), []).append(text)
-    return [
-        (c, f": {'; '.join(lacks)}" if c in set(found["case"]) else "")
-        for c, lacks in lacking.items()
-    ]
+            lacking.setdefault(key, []).append(text)
+    some = set(found["case"])
+    return [(str(k), f": {'; '.join(of)}" if str(k) in some else "") for k, of in lacking.items()]
 
 
 def missing(results: Results) -> list[tuple[str, str]]:

@@ -116,7 +116,7 @@ def changed(row: pd.Series, runs: pd.DataFrame, name: str) -> pd.DataFrame:
     much more time they take, in µs."""
     base = runs["by_name"].get((BASE, name))
     if not (isinstance(row["by_name"], list) and isinstance(base, list)):
-        return pd.DataFrame(columns=["per_step", "us_per_step"])
+        return pd.DataFrame(columns=["per_step", "us_per_step"], index=pd.Index([], dtype="str"))
     mine, theirs = (pd.DataFrame(of).set_index("name") for of in (row["by_name"], base))
     order = list(dict.fromkeys([*theirs.index, *mine.index]))
     more = mine.reindex(order, fill_value=0.0) - theirs.reindex(order, fill_value=0.0)
