@@ -81,7 +81,7 @@ def compile_provider(
         result = function(module, *inputs)
     facts = {"compile_s": round(time.perf_counter() - begin, 3)}
     facts |= {"pass_ms": round(sum(spent) * 1e3, 3)}
-    return function, result, facts | fusion_facts(report, provider.startswith("gatefuse-"))
+    return function, result, facts | fusion_facts(report, int(provider != "inductor"))
 
 
 def profiled(call: Callable[[], Any], device: str) -> tuple[int, float]:

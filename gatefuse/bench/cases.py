@@ -38,7 +38,7 @@ class Provider:
     @property
     def gates(self) -> int:
         """Gates that it must fuse."""
-        return self.name.startswith("gatefuse-") and not self.workload.endswith(NO_GATE)
+        return int(self.name.startswith("gatefuse-") and not self.workload.endswith(NO_GATE))
 
 
 def providers_of(workload: str, modes: Iterable[str], static: bool, device: str) -> list[Provider]:
