@@ -31,8 +31,8 @@ from benchmarks.grid import DTYPE, Provider
 from benchmarks.sweep import Row, Run
 from gatefuse import report
 from gatefuse.bench.cases import providers_of
-from gatefuse.bench.measure import checker, columns, compile_provider, function_of, fusion_facts
-from gatefuse.bench.timing import Timing
+from gatefuse.bench.measure import checker, compile_provider, function_of, fusion_facts
+from gatefuse.bench.timing import columns
 from gatefuse.bench.workloads import make_set
 from gatefuse.inductor.fusion_pass import GateFusionPass
 
@@ -46,7 +46,7 @@ print((time.perf_counter() - begin) * 1e3, int(torch.cuda.is_initialized()))
 
 def host_times(
     calls: dict[Provider, Callable[[], Any]], device: str, batch: int = 64, rounds: int = 50
-) -> dict[Provider, Timing]:
+) -> dict[Provider, Row]:
     """Host time per call without CUDA graphs: the wall clock over batches of ``batch`` calls.
 
     The device is synchronised after each batch, outside the timed region, and a batch is far
@@ -70,7 +70,7 @@ def host_times(
     finally:
         if collecting:
             gc.enable()
-    return {key: Timing.of(samples[key], batch) for key in calls}
+    return {key: columns(samples[key], batch) for key in calls}
 
 
 def call_rows(
@@ -97,7 +97,7 @@ def call_rows(
         except Exception as error:
             rows[provider]["error"] = str(error)
     for provider, timing in host_times(calls, device, rounds=rounds).items():
-        rows[provider] |= columns(timing)
+        rows[provider] |= timing
     return list(rows.values())
 
 

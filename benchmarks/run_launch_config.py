@@ -20,7 +20,6 @@ from filelock import BaseFileLock
 
 from benchmarks.sweep import Row, Run, sweep
 from gatefuse import kernels
-from gatefuse.bench.measure import columns
 from gatefuse.bench.timing import Replay, interleaved, plan
 from gatefuse.kernels import LaunchConfig, launch_config
 
@@ -93,7 +92,7 @@ def measure(case: LaunchCase, N: int, run: Run) -> list[Row]:
     planned = plan(moved * 3 // 4, moved, 1, device)
     sets = [
         (*(_make(case, device, N, H) for _ in range(3)), _make(case, device, 1, H) / H**0.5)
-        for _ in range(planned.sets)
+        for _ in range(planned[0])
     ]
     pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
     replays: dict[LaunchConfig, Replay] = {}
@@ -107,7 +106,7 @@ def measure(case: LaunchCase, N: int, run: Run) -> list[Row]:
             )
             return (out,)
 
-        replays[config] = Replay(call, planned.calls, device, pool)
+        replays[config] = Replay(call, planned[1], device, pool)
     return [
         {
             "H": H,
@@ -119,7 +118,7 @@ def measure(case: LaunchCase, N: int, run: Run) -> list[Row]:
             "trigger_first": config.trigger_first,
             "evict_first": config.evict_first,
             "bytes": moved,
-            **columns(timing),
+            **timing,
         }
         for config, timing in interleaved(replays, run.rounds, device).items()
     ]

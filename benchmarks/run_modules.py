@@ -37,13 +37,12 @@ from benchmarks.grid import ModuleCase
 from benchmarks.run_host import timed_pass
 from benchmarks.sweep import BenchError, Row, Run, guard_tuning, sweep
 from gatefuse.bench.measure import (
-    columns,
     fusion_facts,
     inductor_options,
     reraise_if_broken,
     with_own_code,
 )
-from gatefuse.bench.timing import Replay, Timing, interleaved
+from gatefuse.bench.timing import Replay, columns, interleaved
 
 CALLS = 8  # in a sample
 PROFILED_CALLS = 4
@@ -106,7 +105,7 @@ def profiled(call: Callable[[], Any], device: str) -> tuple[int, float]:
 
 def time_calls(
     calls: dict[Draw, Callable[[], Tensor]], device: str, rounds: int
-) -> tuple[dict[Draw, Timing], Row]:
+) -> tuple[dict[Draw, Row], Row]:
     """Device time of each call, and how it was measured: ``timed_by`` is ``"graph"``, or
     ``"profiler"`` if one of them cannot be captured in a CUDA graph, with the reason in
     ``not_captured`` (on the CPU ``"graph"`` is a loop)."""
@@ -124,7 +123,7 @@ def time_calls(
         for _ in range(rounds):
             for draw, call in calls.items():
                 samples[draw].append(profiled(call, device)[1])
-        timings = {draw: Timing.of(samples[draw], PROFILED_CALLS) for draw in calls}
+        timings = {draw: columns(samples[draw], PROFILED_CALLS) for draw in calls}
         return timings, {"timed_by": "profiler", "not_captured": f"{error!r}"[:500]}
     return interleaved(replays, rounds, device), {"timed_by": "graph"}
 
@@ -193,7 +192,7 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
         with lock, torch.compiler.set_stance("fail_on_recompile"):
             timings, how = time_calls(calls, run.device, run.rounds)
     for key, timing in timings.items():
-        rows[key] |= {**how, **columns(timing)}
+        rows[key] |= {**how, **timing}
     torch.cuda.empty_cache()
     return list(rows.values())
 

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 import gatefuse
 from benchmarks.sweep import BenchError, Row, Run, sweep
 from gatefuse import kernels
-from gatefuse.bench.measure import columns
 from gatefuse.bench.timing import Replay, interleaved, plan
 
 _SOURCE = "kernels/ops/elementwise/elementwise.py"
@@ -136,7 +135,7 @@ def measure(
     planned = plan(inputs * row_bytes, (inputs + 1) * row_bytes, 1, device)
     pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
     with lock:
-        sets = [make_set(case, N, device) for _ in range(planned.sets)]
+        sets = [make_set(case, N, device) for _ in range(planned[0])]
         for s in sets:  # a weight is loaded early only after a first launch has waited for it
             calls["op"](s)
         weight, x, v, routed, _ = sets[0]
@@ -149,7 +148,7 @@ def measure(
         replays = {
             provider: Replay(
                 lambda i, call=call: (call(sets[i % len(sets)]),),  # type: ignore[misc]
-                planned.calls,
+                planned[1],
                 device,
                 pool,
             )
@@ -158,7 +157,7 @@ def measure(
         timings = interleaved(replays, run.rounds, device)
     key = {"workload": case.workload, "H": case.H, "N": N}
     return [
-        {**key, "provider": provider, "sglang": version(), **columns(timing)}
+        {**key, "provider": provider, "sglang": version(), **timing}
         for provider, timing in timings.items()
     ]
 

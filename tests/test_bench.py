@@ -14,7 +14,7 @@ from gatefuse import cli
 from gatefuse.bench import run
 from gatefuse.bench.cases import NO_GATE, Case, Provider
 from gatefuse.bench.measure import checker, compile_case, compile_provider, time_providers
-from gatefuse.bench.timing import COLD_FACTOR, Replay, Timing, cache_bytes, interleaved, plan
+from gatefuse.bench.timing import COLD_FACTOR, Replay, cache_bytes, columns, interleaved, plan
 from gatefuse.bench.workloads import bytes_of, call, make_set
 from gatefuse.inductor import cost_model
 
@@ -72,17 +72,16 @@ def test_reference_accepts_eager_and_nothing_broken(name: str, dtype: torch.dtyp
 @pytest.mark.parametrize("kernels", [1, 3])
 def test_plan_rotates_whole_sets_through_a_long_sample(set_bytes: int, kernels: int) -> None:
     made = plan(set_bytes, 2 * set_bytes, kernels, "cpu")
-    assert made.calls % made.sets == 0
-    assert 2 <= made.sets <= made.calls
-    cold = made.sets * set_bytes >= COLD_FACTOR * cache_bytes("cpu")
-    assert cold or made.sets == made.calls  # else no set is used twice
+    sets, calls = made
+    assert calls % sets == 0
+    assert 2 <= sets <= calls
+    cold = sets * set_bytes >= COLD_FACTOR * cache_bytes("cpu")
+    assert cold or sets == calls  # else no set is used twice
 
 
 def test_timing_statistics() -> None:
-    timing = Timing.of([5.0, 1.0, 2.0, 3.0, 4.0], calls=7)
-    assert (timing.median_us, timing.repeats, timing.calls) == (3.0, 5, 7)
-    assert timing.p10_us == pytest.approx(1.4)
-    assert timing.p90_us == pytest.approx(4.6)
+    timing = columns([5.0, 1.0, 2.0, 3.0, 4.0], calls=7)
+    assert timing == {"median_us": 3.0, "p10_us": 1.4, "p90_us": 4.6, "repeats": 5, "calls": 7}
 
 
 def test_interleaved_takes_one_sample_of_each_provider_in_a_round() -> None:
@@ -102,9 +101,9 @@ def test_interleaved_takes_one_sample_of_each_provider_in_a_round() -> None:
     assert {tuple(r) for r in rounds} == {("a0", "a1", "b0", "b1"), ("b0", "b1", "a0", "a1")}
     # What comes first in a round may be at a disadvantage: each provider does as often.
     assert sum(r[0] == "a0" for r in rounds[2:]) == 10
-    assert timings["a"].repeats == 20
-    assert 1000 <= timings["a"].median_us < timings["b"].median_us
-    assert timings["b"].median_us >= 4000
+    assert timings["a"]["repeats"] == 20
+    assert 1000 <= timings["a"]["median_us"] < timings["b"]["median_us"]
+    assert timings["b"]["median_us"] >= 4000
 
 
 def test_a_provider_that_fuses_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,12 +94,6 @@ class Case:
 
     def columns(self, provider: Provider, N: int) -> dict[str, Any]:
         """The columns of a result row that tell what it is of."""
-        of: dict[str, Any] = {"workload": provider.workload, "provider": provider.name}
-        of |= {
-            "mode": provider.mode,
-            "draw": provider.draw,
-            "shapes": self.shapes,
-            "H": self.H,
-            "N": N,
-        }
-        return of | {"dtype": self.dtype}
+        of = {"workload": provider.workload, "provider": provider.name, "mode": provider.mode}
+        size = {"shapes": self.shapes, "H": self.H, "N": N, "dtype": self.dtype}
+        return {**of, "draw": provider.draw, **size}

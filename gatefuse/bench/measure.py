@@ -1,10 +1,6 @@
 """Measures a case: each provider is compiled, checked against float64, captured, and timed beside
-the others.
-
-A provider that is wrong, or that claims a fusion and fused no gate, is not timed: its error is
-recorded. Inputs are colder than the device's cache, unless they are asked to be hot; the two are
-equal where an input set is larger than the cache.
-"""
+the others. One that is wrong, or claims a fusion and fused no gate, is not timed: its error is
+recorded."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import types
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,8 +24,8 @@ from torch._inductor.utils import fresh_cache
 
 import gatefuse
 from gatefuse.bench.cases import Case, Provider
-from gatefuse.bench.timing import Replay, Timing, interleaved, plan
-from gatefuse.bench.workloads import WORKLOADS, InputSet, Workload, bytes_of, call, make_set
+from gatefuse.bench.timing import Replay, interleaved, plan
+from gatefuse.bench.workloads import WORKLOADS, InputSet, bytes_of, call, make_set
 
 INDUCTOR_OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -131,7 +127,7 @@ def compile_provider(provider: Provider, hint: InputSet, dynamic: bool | None = 
     return running
 
 
-def checker(module: Workload, inputs: tuple[Tensor, ...]) -> Callable[[Sequence[Tensor]], None]:
+def checker(module: Any, inputs: tuple[Tensor, ...]) -> Callable[[Sequence[Tensor]], None]:
     """A check of outputs against float64: it raises AssertionError unless ``|y - ref| <=
     2 * |eager - ref| + eps`` holds for every output, in the root mean square (eps: float32's, of
     the reference) and in the worst element (eps: one unit in the last place of the largest). NaN
@@ -173,7 +169,7 @@ def time_providers(
     plans = {w: plan(*moved[w], WORKLOADS[w](case.H).kernels, device) for w in case.workloads}
     with alone:
         sets = {
-            w: [make_set(w, case.H, N, dtype, device) for _ in range(1 if hot else plans[w].sets)]
+            w: [make_set(w, case.H, N, dtype, device) for _ in range(1 if hot else plans[w][0])]
             for w in case.workloads
         }
         # The last set of a rotation is the one that a replay leaves its outputs of.
@@ -204,7 +200,7 @@ def time_providers(
                 # The op loads a weight early only after a first launch has waited for it.
                 for i in range(len(rotation) if provider.name == "op" else 2):
                     call_set(i)
-            replay = Replay(call_set, plans[provider.workload].calls, device, pool)
+            replay = Replay(call_set, plans[provider.workload][1], device, pool)
             with alone:
                 for y in replay.outputs:
                     y.fill_(math.nan)
@@ -223,14 +219,8 @@ def time_providers(
     for run in runs:
         provider = run.provider
         row = case.columns(provider, N) | run.facts | {"bytes": moved[provider.workload][1]}
-        failed = {"error": errors[provider]} if provider in errors else None
-        rows.append(row | (failed or columns(timings[provider])))
+        rows.append(row | (timings.get(provider) or {"error": errors[provider]}))
     return rows
-
-
-def columns(timing: Timing) -> Row:
-    """A timing as columns of a result row: nanoseconds are the last digits."""
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(timing).items()}
 
 
 def compile_case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,8 @@ from gatefuse.bench.measure import Row, compile_case, time_providers
 SIZES = {"cuda": ((16, 1024, 8192), "bfloat16"), "cpu": ((1, 256), "float32")}
 """Rows, and dtype."""
 
-HEADS = ("us", "Inductor", "gatefuse", "speed-up", "% of roofline", "gate: Inductor", "gatefuse")
+HEADS = ("Inductor", "gatefuse", "speed-up", "% of roofline", "gate: Inductor", "gatefuse")
+LINE = "{:30}{:>10}{:>10}{:>10}{:>15}{:>16}{:>10}"
 
 
 def rounds_of(device: str, quick: bool) -> int:
@@ -34,15 +36,12 @@ def run(device: str, out: Path, time_budget: float, quick: bool, header: Row) ->
     width = 128 if quick else 2048
     cases = [Case(workload, width, (N,), dtype=dtype, device=device) for N, workload in sizes]
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"bench-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}.json"
-    device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    content: dict[str, Any] = {
-        "kind": "workloads" if device == "cuda" else "cpu",
-        "header": header | {"device": device_name, "date": date},
-        "rows": [],
-        "not_run": [str(case) for case in cases],
-    }
+    now = datetime.datetime.now(datetime.UTC)
+    path = out / f"bench-{now:%Y%m%dT%H%M%S}.json"
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    content: dict[str, Any] = {"kind": "workloads" if device == "cuda" else "cpu", "rows": []}
+    content["header"] = header | {"device": name, "date": now.isoformat(timespec="seconds")}
+    content["not_run"] = [str(case) for case in cases]
     for case in cases:
         started = time.monotonic()
         if started + longest > begin + time_budget:
@@ -70,22 +69,19 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         of = times.setdefault((row["workload"], row["H"], row["N"], row["dtype"]), {})
         of.setdefault(row["provider"], []).append(row.get("median_us", float("nan")))
-    body = []
+    lines = [LINE.format("us", *HEADS)]
     for (workload, H, N, dtype), providers in sorted(times.items()):
-        us = {provider: sum(samples) / len(samples) for provider, samples in providers.items()}
+        us = {provider: statistics.mean(samples) for provider, samples in providers.items()}
         if workload.endswith(NO_GATE):
             continue
         ours, theirs = us["gatefuse-auto"], us["inductor"]
-        line = [f"{workload} H={H} N={N} {dtype}", _number(theirs), _number(ours)]
-        line += [f"{theirs / ours:.2f}x"]
-        line += [f"{us['roofline'] / ours * 100:.0f}" if "roofline" in us else ""]
-        if plain := times.get((workload + NO_GATE, H, N, dtype), {}).get("inductor"):
-            without = sum(plain) / len(plain)
-            line += [_number(theirs - without), _number(ours - without)]
-        body.append(line + [""] * (len(HEADS) - len(line)))
-    widths = [max(map(len, column)) for column in zip(HEADS, *body)]
-    lines = [[cell.rjust(w) for cell, w in zip(line, widths)] for line in (HEADS, *body)]
-    return "\n".join("  ".join([line[0].strip().ljust(widths[0]), *line[1:]]) for line in lines)
+        share = f"{us['roofline'] / ours * 100:.0f}" if "roofline" in us else ""
+        plain = times.get((workload + NO_GATE, H, N, dtype), {}).get("inductor")
+        costs = [_number(t - statistics.mean(plain)) if plain else "" for t in (theirs, ours)]
+        name, speedup = f"{workload} H={H} N={N} {dtype}", f"{theirs / ours:.2f}x"
+        cells = (_number(theirs), _number(ours), speedup, share, *costs)
+        lines.append(LINE.format(name, *cells).rstrip())
+    return "\n".join(lines)
 
 
 def _number(value: float) -> str:

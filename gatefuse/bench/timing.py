@@ -19,8 +19,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,21 +33,13 @@ SPIN_CYCLES = 1_000_000
 """About half a millisecond; a graph of some hundred kernels is launched in less."""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds per call over ``repeats`` samples of ``calls`` calls each."""
-
-    median_us: float
-    p10_us: float
-    p90_us: float
-    repeats: int
-    calls: int
-
-    @classmethod
-    def of(cls, samples_us: list[float], calls: int) -> Timing:
-        several = samples_us if len(samples_us) > 1 else samples_us * 2
-        p10, *_, p90 = statistics.quantiles(several, n=10, method="inclusive")
-        return cls(statistics.median(samples_us), p10, p90, len(samples_us), calls)
+def columns(samples_us: list[float], calls: int) -> dict[str, Any]:
+    """Columns of a result row: µs per call over samples of ``calls`` calls each."""
+    several = samples_us if len(samples_us) > 1 else samples_us * 2
+    p10, *_, p90 = statistics.quantiles(several, n=10, method="inclusive")
+    times = {"median_us": statistics.median(samples_us), "p10_us": p10, "p90_us": p90}
+    shown = {name: round(us, 4) for name, us in times.items()}
+    return {**shown, "repeats": len(samples_us), "calls": calls}
 
 
 @functools.cache
@@ -57,15 +48,9 @@ def cache_bytes(device: str) -> int:
     return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 16 << 20
 
 
-class Plan(NamedTuple):
-    """``sets`` independent input sets, ``calls`` calls in a sample (a multiple of ``sets``)."""
-
-    sets: int
-    calls: int
-
-
-def plan(set_bytes: int, moved_bytes: int, kernels: int, device: str) -> Plan:
-    """Sets of ``set_bytes`` and calls that move ``moved_bytes`` in at least ``kernels`` launches.
+def plan(set_bytes: int, moved_bytes: int, kernels: int, device: str) -> tuple[int, int]:
+    """Number of input sets, of ``set_bytes``, and of calls in a sample, a multiple of it. A call
+    moves ``moved_bytes`` in at least ``kernels`` launches.
 
     A sample lasts about 1.5 ms at the least, which makes the few microseconds around a replay
     vanish, and the rotation is larger than ``COLD_FACTOR`` caches or as long as the sample.
@@ -74,7 +59,7 @@ def plan(set_bytes: int, moved_bytes: int, kernels: int, device: str) -> Plan:
     floor_us = max(moved_bytes / bytes_per_us, kernels * launch_us)
     calls = min(max(math.ceil(sample_us / floor_us), 4), MAX_CALLS)
     sets = min(max(math.ceil(COLD_FACTOR * cache_bytes(device) / set_bytes), 2), calls)
-    return Plan(sets, math.ceil(calls / sets) * sets)
+    return sets, math.ceil(calls / sets) * sets
 
 
 class Replay:
@@ -106,8 +91,8 @@ class Replay:
             self.run = graph.replay
 
 
-def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Key, Timing]:
-    """Device time per call of each replay; one sample of each in every round.
+def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Key, dict[str, Any]]:
+    """Device time per call of each replay, as columns; one sample of each in every round.
 
     After ``ENOUGH_S`` seconds, which a slow CPU may need for large inputs, fewer rounds are enough.
     """
@@ -117,8 +102,7 @@ def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Ke
     order = list(replays)
 
     def sample_all(round_: int) -> None:
-        # Every second round is the reverse of the one before: of two providers each is first as
-        # often.
+        # Every second round reverses the one before: of two providers each is first as often.
         if round_ % 2:
             order.reverse()
         else:
@@ -154,4 +138,4 @@ def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Ke
         if done >= LEAST_ROUNDS and time.monotonic() - begin > ENOUGH_S:
             break
         sample_all(done)
-    return {key: Timing.of(samples[key], replays[key].calls) for key in replays}
+    return {key: columns(samples[key], replays[key].calls) for key in replays}

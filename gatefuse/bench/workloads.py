@@ -1,12 +1,13 @@
 """What is measured: the gate alone, with the routed add, and inside a decoder layer's glue.
 
-Every workload is a module over inputs ``[N, H]`` of one dtype, run under ``torch.no_grad()``.
+Every workload is a module from ``inputs`` tensors ``[N, H]`` of one dtype to a tuple.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +31,10 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-class Workload(nn.Module):
-    """A measured module: ``inputs`` tensors ``[N, H]`` to a tuple of outputs.
-
-    ``kernels`` is the least number of launches anything could do it in.
-    """
-
-    inputs: int
-    kernels: int
-
-
-class Gate(Workload):
+class Gate(nn.Module):
     """``sigmoid(x @ w.T) * v``, with ``add`` plus the routed experts' output."""
 
-    kernels = 1
+    kernels = 1  # the least number of launches anything could do it in
 
     def __init__(self, H: int, add: bool = False) -> None:
         super().__init__()
@@ -66,7 +57,7 @@ class Gate(Workload):
         return (gatefuse.linear_sigmoid_mul(x, self.gate.weight, v, addend=addend),)
 
 
-class Glue(Workload):
+class Glue(nn.Module):
     """The glue of a decoder layer: norm, router, gate, routed add, residual, next norm.
 
     gated: False leaves out the gate and nothing else.
@@ -94,7 +85,7 @@ class Glue(Workload):
         return logits, res, self.norm_out(res)
 
 
-WORKLOADS: dict[str, Callable[[int], Workload]] = {
+WORKLOADS: dict[str, Callable[[int], Any]] = {
     "mul": Gate,
     "add": functools.partial(Gate, add=True),
     "glue": Glue,
@@ -102,7 +93,7 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {
 }
 """By name. The laboratory adds its own."""
 
-InputSet = tuple[Workload, tuple[Tensor, ...]]
+InputSet = tuple[Any, tuple[Tensor, ...]]
 
 
 def make_set(name: str, H: int, N: int, dtype: torch.dtype, device: str) -> InputSet:
@@ -120,7 +111,7 @@ def bytes_of(name: str, H: int, N: int, dtype: torch.dtype) -> tuple[int, int]:
         return sum(t.nbytes for t in read), sum(t.nbytes for t in [*read, *module(*inputs)])
 
 
-def call(module: Workload, *inputs: Tensor) -> tuple[Tensor, ...]:
+def call(module: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
     """What is compiled: one code object for all modules, so that weights can be rotated."""
     result: tuple[Tensor, ...] = module(*inputs)
     return result
