@@ -55,14 +55,14 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(command=_measure, measure=measure)
         return one
 
-    names = ",".join(grid.GRIDS)
+    modes, dtypes = _chosen(grid.MODES), _chosen(DTYPES)
     one = suite("workloads", "GPU or CPU time of the gate alone and in a layer's glue", _workloads)
-    one.add_argument("--grid", type=_chosen(grid.GRIDS), help=f"{names}; default: main or cpu")
+    one.add_argument("--grid", type=_chosen(grid.GRIDS), help="of " + ",".join(grid.GRIDS))
     one.add_argument("--workloads", type=_chosen((*grid.WORKLOADS, *grid.VARIANTS)))
     one.add_argument("--widths", type=_numbers)
     one.add_argument("--rows", type=_numbers)
-    one.add_argument("--modes", type=_chosen(grid.MODES))
-    one.add_argument("--dtypes", type=_chosen(DTYPES))
+    one.add_argument("--modes", type=modes)
+    one.add_argument("--dtypes", type=dtypes)
 
     one = suite("modules", "modules of transformers: kernels, GPU time", _modules)
     one.add_argument("--models", type=_chosen(grid.MODULE_MODELS), default=grid.MODULE_MODELS)
@@ -74,12 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--workloads", type=_chosen(grid.WORKLOADS), default=grid.WORKLOADS)
     one.add_argument("--width", type=int, default=2048)
     one.add_argument("--rows", type=int, default=2)
-    one.add_argument("--modes", type=_chosen(grid.MODES), default=("default",))
+    one.add_argument("--modes", type=modes, default=("default",))
 
     one = suite("launch-config", "the kernel's launch rule, on CUDA", _launch_config)
     one.add_argument("--widths", type=_numbers, default=WIDTHS)
     one.add_argument("--rows", type=_numbers, default=(1, 16, 256, 1024, 8192))
-    one.add_argument("--dtypes", type=_chosen(DTYPES), default=("bfloat16", "float32"))
+    one.add_argument("--dtypes", type=dtypes, default=("bfloat16", "float32"))
 
     one = suite("sglang", "the op beside SGLang's kernel, on CUDA", _sglang)
     one.add_argument("--widths", type=_numbers, default=WIDTHS)
@@ -138,6 +138,9 @@ def _measure(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise BenchError("PyTorch finds no CUDA device here")
+    kernel = args.measure in (_launch_config, _sglang)
+    if kernel and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BenchError("this suite measures the Triton kernel, on a GPU only")
     # All cores but two: what is timed still has one for itself.
     cores = max(1, min(14, (os.cpu_count() or 1) - 2)) if device == "cuda" else 1
     rounds, processes = rounds_of(device, args.quick), args.processes or cores
@@ -176,20 +179,13 @@ def _host(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
 def _launch_config(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
     from benchmarks import run_launch_config
 
-    _need_kernel(run)
     return run_launch_config.run(args.widths, args.rows, args.dtypes, run)
 
 
 def _sglang(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
     from benchmarks import run_sglang
 
-    _need_kernel(run)
     return run_sglang.run(args.widths, args.rows, run)
-
-
-def _need_kernel(run: Run) -> None:
-    if run.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BenchError("this suite measures the Triton kernel, on a GPU only")
 
 
 if __name__ == "__main__":

@@ -13,29 +13,17 @@ from torch import Tensor, nn
 HIDDEN = 64
 _EXPERTS = 4
 
-_COMMON: dict[str, Any] = dict(
-    vocab_size=32,
-    hidden_size=HIDDEN,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    num_experts_per_tok=_EXPERTS,
-    pad_token_id=0,
-    use_cache=False,
+_COMMON: dict[str, Any] = (
+    dict(vocab_size=32, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=2)
+    | dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    | dict(num_experts_per_tok=_EXPERTS, pad_token_id=0, use_cache=False)
 )
 _SHARED: dict[str, Any] = dict(
     num_experts=_EXPERTS, moe_intermediate_size=32, shared_expert_intermediate_size=64
 )
 _DELTA_NET: dict[str, Any] = dict(
-    head_dim=16,
-    layer_types=["full_attention", "full_attention"],
-    linear_key_head_dim=16,
-    linear_value_head_dim=16,
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-)
+    head_dim=16, layer_types=["full_attention", "full_attention"], linear_key_head_dim=16
+) | dict(linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4)
 
 #: name, which is its module's, -> (model class, config class, configuration)
 _SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -45,28 +33,19 @@ _SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_omni_moe": (
         "Qwen3OmniMoeTalkerModel",
         "Qwen3OmniMoeTalkerTextConfig",
-        _SHARED | {"head_dim": 16},
+        _SHARED | dict(head_dim=16),
     ),
     "minimax": (
         "MiniMaxModel",
         "MiniMaxConfig",
-        {
-            "num_local_experts": _EXPERTS,
-            "head_dim": 16,
-            "block_size": 16,
-            "layer_types": ["linear_attention", "full_attention"],
-        },
+        dict(num_local_experts=_EXPERTS, head_dim=16, block_size=16)
+        | dict(layer_types=["linear_attention", "full_attention"]),
     ),
     "afmoe": (
         "AfmoeModel",
         "AfmoeConfig",
-        {
-            "num_experts": _EXPERTS,
-            "moe_intermediate_size": 32,
-            "num_shared_experts": 1,
-            "num_dense_layers": 1,
-            "head_dim": 16,
-        },
+        dict(num_experts=_EXPERTS, moe_intermediate_size=32, num_shared_experts=1)
+        | dict(num_dense_layers=1, head_dim=16),
     ),
     "deepseek_v3": (
         "DeepseekV3Model",
@@ -142,14 +121,9 @@ CLASSES = {"qwen3_next": "Qwen3Next", "qwen2_moe": "Qwen2Moe"}
 FULL_ATTENTION_LAYER = 3  # of Qwen3-Next, whose other layers are gated delta nets
 DECODE_TOKENS = 256
 
-SMALL = {
-    "hidden_size": 64,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
+SMALL: dict[str, Any] = dict(
+    hidden_size=64, moe_intermediate_size=32, shared_expert_intermediate_size=64
+) | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 """Sizes for a try without a GPU."""
 
 
@@ -193,19 +167,11 @@ def module(
 
 # Configurations of whole models, as vLLM reads them.
 
-_ENGINE: dict[str, Any] = dict(
-    torch_dtype="bfloat16",
-    vocab_size=151936,
-    hidden_size=2048,
-    num_attention_heads=16,
-    decoder_sparse_step=1,
-    mlp_only_layers=[],
-    hidden_act="silu",
-    rms_norm_eps=1e-6,
-    max_position_embeddings=8192,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_id=2,
+_ENGINE: dict[str, Any] = (
+    dict(torch_dtype="bfloat16", vocab_size=151936, hidden_size=2048, num_attention_heads=16)
+    | dict(decoder_sparse_step=1, mlp_only_layers=[], hidden_act="silu", rms_norm_eps=1e-6)
+    | dict(max_position_embeddings=8192, tie_word_embeddings=False)
+    | dict(bos_token_id=1, eos_token_id=2)
 )
 ENGINE_MODELS: dict[str, dict[str, Any]] = {
     # Qwen/Qwen1.5-MoE-A2.7B: 29 GB

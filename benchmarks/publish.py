@@ -11,14 +11,8 @@ import pandas as pd
 from benchmarks import grid, store
 from benchmarks.grid import WORKLOADS
 from benchmarks.store import CASE, ROOT, Results
-from benchmarks.tables import (
-    GATEFUSE,
-    INDUCTOR,
-    Tables,
-    markdown,
-    provenance,
-)
-from benchmarks.thresholds import Violation, missing, missing_of
+from benchmarks.tables import GATEFUSE, INDUCTOR, Tables, markdown, provenance
+from benchmarks.thresholds import Violation, missing
 from benchmarks.vllm import tables as vllm_tables
 
 README_PLACE = re.compile(r"(<!-- results: summary -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -35,25 +29,13 @@ left the gate alone there, because fusing it does not pay.
 """
 
 
-def results_document(results: Results) -> str:
-    """All tables of the committed results."""
-    tables = Tables(results)
-    parts = [HEAD.rstrip()]
+def report(results: Results) -> str:
+    """All tables of ``results``, by section."""
+    tables, parts = Tables(results), []
     for title, section in SECTIONS.items():
         if found := [part for part in section(tables) if part]:
             parts += [f"## {title}", *found]
     return "\n\n".join(parts) + "\n"
-
-
-def report(results: Results) -> str:
-    """All tables of any results, for the terminal."""
-    tables = Tables(results)
-    parts = [f"{kind}: {provenance(h)}" for kind, hs in results.headers.items() for h in hs]
-    parts += tables.every_case()
-    for section in ("beside_sglang", "cpu", "modules", "host_calls", "compiles"):
-        parts += getattr(tables, section)()
-    parts += [vllm_tables.everything(content) for content in results.engines]
-    return "\n\n".join([*parts, *(f"VIOLATION {v}" for v in tables.violations)])
 
 
 def published() -> dict[Path, str]:
@@ -62,7 +44,7 @@ def published() -> dict[Path, str]:
     readme = ROOT / "README.md"
     text = "\n\n".join(summary(Tables(results)))
     return {
-        ROOT / "benchmarks" / "RESULTS.md": results_document(results),
+        ROOT / "benchmarks" / "RESULTS.md": f"{HEAD}\n{report(results)}",
         readme: README_PLACE.sub(lambda m: f"{m[1]}\n{text}\n\n{m[2]}", readme.read_text()),
     }
 
@@ -116,32 +98,22 @@ def _by_reason(found: Iterable[Violation]) -> list[str]:
 
 
 def unmeasured(tables: Tables) -> list[str]:
-    """What the results lack, by grid."""
-    lines = []
-    for name, one in grid.GRIDS.items():
-        lacking = missing_of(tables.results, one.cases())
-        if whole := sum(not providers for _, providers in lacking):
-            lines.append(f"- {name}: {whole} workloads and sizes")
-        if len(lacking) > whole:
-            lines.append(f"- {name}: providers or hot inputs of {len(lacking) - whole} more")
-    rest = [case for case, _ in missing(tables.results)]
-    modules = {c for c in rest if c.startswith(grid.MODULE_MODELS)}
-    lines += [f"- modules: {len(modules)} modules and sizes"] * bool(modules)
-    lines += [f"- {c}{what}" for c, what in missing(tables.results) if c == "host"]
-    return ["\n".join(lines) or "Nothing."]
+    if tables.results.headers.keys() < {"workloads", "cpu", "modules", "host"}:
+        return []  # of a part no more is expected
+    return ["\n".join(f"- {case}{what}" for case, what in missing(tables.results)) or "Nothing."]
 
 
 def main_tables(tables: Tables) -> list[str]:
-    found = [p for w in WORKLOADS for H in grid.WIDTHS for p in tables.times(w, H)]
+    found = [p for w in WORKLOADS for H in tables.widths for p in tables.times(w, H)]
     return [measured_on(tables, "workloads"), *found] if found else []
 
 
 def alone(tables: Tables) -> list[str]:
-    return [part for w in ("mul", "add") for H in grid.WIDTHS for part in tables.alone(w, H)]
+    return [part for w in ("mul", "add") for H in tables.widths for part in tables.alone(w, H)]
 
 
 def costs(workloads: Iterable[str]) -> Callable[[Tables], list[str]]:
-    return lambda t: [p for w in workloads for H in grid.WIDTHS for p in t.gate_costs(w, H)]
+    return lambda t: [p for w in workloads for H in t.widths for p in t.gate_costs(w, H)]
 
 
 def ratios(name: str, values: dict[str, str]) -> Callable[[Tables], list[str]]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures everything on one GPU, in phases that each end within BUDGET seconds (default 530), the
-# most telling cells first. From anywhere; nothing else may use the machine:
+# most telling cases first. From anywhere; nothing else may use the machine:
 #
 #     benchmarks/run_h200.sh OUT PHASE...
 #
@@ -13,8 +13,8 @@
 #     6  and Qwen3-Next's
 #
 # The times that a phase prints are estimates for an H200 with 16 cores; BUDGET holds. A process that
-# is in a cell when the time is over is given 15 s.
-# Result files in OUT are written after each cell, so that a phase that is cut off leaves what it
+# is in a case when the time is over is given 15 s.
+# Result files in OUT are written after each case: a phase that is cut off leaves what it
 # measured. PYTHON and DEVICE choose the interpreter and the device; QUICK=1 runs toy sizes:
 #
 #     QUICK=1 DEVICE=cpu benchmarks/run_h200.sh OUT 1 2 3 5 6     # 4 needs TRITON_INTERPRET=1 as well

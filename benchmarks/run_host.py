@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -105,22 +106,14 @@ def import_row(repeats: int) -> Row:
     """Time of ``import gatefuse`` after ``import torch``, each in a new process."""
     times, cuda = [], 0
     for _ in range(repeats + 1):  # the first writes the byte code
-        process = subprocess.run(
-            [sys.executable, "-c", IMPORT_PROGRAM],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parents[1],
-        )
+        command, root = [sys.executable, "-c", IMPORT_PROGRAM], Path(__file__).parents[1]
+        process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
         milliseconds, initialised = process.stdout.split()
         times.append(float(milliseconds))
         cuda += int(initialised)
-    return {
-        "what": "import",
-        "median_ms": round(statistics.median(times[1:]), 2),
-        "initialises_cuda": bool(cuda),
-        "repeats": repeats,
-    }
+    median_ms = round(statistics.median(times[1:]), 2)
+    row = {"what": "import", "median_ms": median_ms, "initialises_cuda": bool(cuda)}
+    return row | {"repeats": repeats}
 
 
 def compile_rows(workload: str, H: int, N: int, device: str, repeats: int) -> list[Row]:
@@ -128,45 +121,35 @@ def compile_rows(workload: str, H: int, N: int, device: str, repeats: int) -> li
     cache, then, after Dynamo forgot it, in the cache that this filled."""
     providers = [Provider(workload, name, "default") for name in ("inductor", "gatefuse-auto")]
     module, inputs = make_set(workload, H, N, getattr(torch, DTYPE), device)
-    seconds: dict[tuple[Provider, str], list[float]] = {}
-    pass_ms: dict[tuple[Provider, str], list[float]] = {}
+    samples: dict[tuple[Provider, str], list[tuple[float, float]]] = {}
     facts: dict[Provider, Row] = {}
-    for repeat in range(repeats + 1):  # the first loads what any compile needs
-        for provider in providers:
-            with fresh_cache():
-                for cache in ("cold", "warm"):
-                    torch._dynamo.reset()
-                    function = function_of(provider)
-                    with timed_pass() as spent, gatefuse.record() as found:
-                        begin = time.perf_counter()
-                        function(module, *inputs)
-                        if device == "cuda":
-                            torch.cuda.synchronize()
-                        elapsed = time.perf_counter() - begin
-                    if cache == "cold":
-                        try:
-                            facts[provider] = fusion_facts(found, provider.gates)
-                        except RuntimeError as error:
-                            facts[provider] = {"error": f"compile: {error}"[:500]}
-                    if repeat > 0:
-                        seconds.setdefault((provider, cache), []).append(elapsed)
-                        pass_ms.setdefault((provider, cache), []).append(sum(spent) * 1e3)
-    return [
-        {
-            "what": "compile",
-            "workload": workload,
-            "provider": provider.name,
-            "mode": provider.mode,
-            "cache": cache,
-            "median_s": round(statistics.median(times), 4),
-            "min_s": round(min(times), 4),
-            "max_s": round(max(times), 4),
-            "pass_ms": round(statistics.median(pass_ms[provider, cache]), 3),
-            "repeats": repeats,
-            **facts[provider],
-        }
-        for (provider, cache), times in seconds.items()
-    ]
+    for repeat, provider in itertools.product(range(repeats + 1), providers):
+        with fresh_cache():
+            for cache in ("cold", "warm"):
+                torch._dynamo.reset()
+                function = function_of(provider)
+                with timed_pass() as spent, gatefuse.record() as found:
+                    begin = time.perf_counter()
+                    function(module, *inputs)
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    sample = (time.perf_counter() - begin, sum(spent) * 1e3)
+                if repeat > 0:  # the first loads what any compile needs
+                    samples.setdefault((provider, cache), []).append(sample)
+                elif cache == "cold":
+                    try:
+                        facts[provider] = fusion_facts(found, provider.gates)
+                    except RuntimeError as error:
+                        facts[provider] = {"error": f"compile: {error}"[:500]}
+    rows = []
+    for (provider, cache), of in samples.items():
+        seconds, pass_ms = zip(*of)
+        row = {"what": "compile", "workload": workload, "provider": provider.name}
+        row |= {"mode": provider.mode, "cache": cache, "repeats": repeats, **facts[provider]}
+        for name, value in (("median", statistics.median), ("min", min), ("max", max)):
+            row[f"{name}_s"] = round(value(seconds), 4)
+        rows.append(row | {"pass_ms": round(statistics.median(pass_ms), 3)})
+    return rows
 
 
 @contextlib.contextmanager
@@ -191,14 +174,6 @@ def timed_pass() -> Iterator[list[float]]:
         yield spent
 
 
-class Repeats(NamedTuple):
-    """How often each is measured: rounds of calls, imports, compiles."""
-
-    calls: int = 50
-    imports: int = 3
-    compiles: int = 5
-
-
 def run(
     workloads: Sequence[str], H: int, N: int, modes: Sequence[str], run: Run
 ) -> tuple[Path, int]:
@@ -206,7 +181,7 @@ def run(
     provider failed, 2 if the time was over before all was measured."""
     from benchmarks import store
 
-    repeats = Repeats(3, 1, 1) if run.small else Repeats()
+    rounds, imports, repeats = (3, 1, 1) if run.small else (50, 3, 5)
     begin = time.monotonic()
     path = store.new_path(run.out, "host")
     header = store.header(run.device, sys.argv[1:])
@@ -215,12 +190,12 @@ def run(
 
     def calls(workload: str) -> list[Row]:
         with fresh_cache():
-            return call_rows(workload, H, N, modes, run.device, repeats.calls)
+            return call_rows(workload, H, N, modes, run.device, rounds)
 
     def compiles(workload: str) -> list[Row]:
-        return compile_rows(workload, H, N, run.device, repeats.compiles)
+        return compile_rows(workload, H, N, run.device, repeats)
 
-    works: list[Callable[[], list[Row]]] = [lambda: [import_row(repeats.imports)]]
+    works: list[Callable[[], list[Row]]] = [lambda: [import_row(imports)]]
     works += [functools.partial(work, w) for work in (compiles, calls) for w in workloads]
     with torch.no_grad():
         for done, work in enumerate(works):

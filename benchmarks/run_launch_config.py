@@ -11,16 +11,16 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import BaseFileLock
 
-from benchmarks.sweep import Row, Run, sweep
+from benchmarks.sweep import Row, Run, rotated, sweep
 from gatefuse import kernels
-from gatefuse.bench.timing import Replay, interleaved, plan
+from gatefuse.bench.timing import plan
 from gatefuse.kernels import LaunchConfig, launch_config
 
 
@@ -94,19 +94,17 @@ def measure(case: LaunchCase, N: int, run: Run) -> list[Row]:
         (*(_make(case, device, N, H) for _ in range(3)), _make(case, device, 1, H) / H**0.5)
         for _ in range(planned[0])
     ]
-    pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
-    replays: dict[LaunchConfig, Replay] = {}
-    for config in variants(case, N):
 
-        def call(i: int, config: LaunchConfig = config) -> tuple[torch.Tensor, ...]:
-            x, v, a, weight = sets[i % len(sets)]
-            out = torch.empty_like(x)
-            kernels.launch(
-                x, weight, v, None, a, out, config=config, pdl=case.pdl, weight_first=case.pdl
-            )
-            return (out,)
+    def call_of(config: LaunchConfig) -> Callable[[tuple[torch.Tensor, ...]], torch.Tensor]:
+        def call(one: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            x, v, a, weight = one
+            out, pdl = torch.empty_like(x), case.pdl
+            kernels.launch(x, weight, v, None, a, out, config=config, pdl=pdl, weight_first=pdl)
+            return out
 
-        replays[config] = Replay(call, planned[1], device, pool)
+        return call
+
+    calls = {config: call_of(config) for config in variants(case, N)}
     return [
         {
             "H": H,
@@ -120,7 +118,7 @@ def measure(case: LaunchCase, N: int, run: Run) -> list[Row]:
             "bytes": moved,
             **timing,
         }
-        for config, timing in interleaved(replays, run.rounds, device).items()
+        for config, timing in rotated(calls, sets, planned[1], run).items()
     ]
 
 

@@ -36,12 +36,7 @@ from benchmarks import grid, model_zoo
 from benchmarks.grid import ModuleCase
 from benchmarks.run_host import timed_pass
 from benchmarks.sweep import BenchError, Row, Run, guard_tuning, sweep
-from gatefuse.bench.measure import (
-    fusion_facts,
-    inductor_options,
-    reraise_if_broken,
-    with_own_code,
-)
+from gatefuse.bench.measure import fusion_facts, inductor_options, reraise_if_broken, with_own_code
 from gatefuse.bench.timing import Replay, columns, interleaved
 
 CALLS = 8  # in a sample

@@ -25,9 +25,9 @@ from filelock import BaseFileLock
 from torch import Tensor, nn
 
 import gatefuse
-from benchmarks.sweep import BenchError, Row, Run, sweep
+from benchmarks.sweep import BenchError, Row, Run, rotated, sweep
 from gatefuse import kernels
-from gatefuse.bench.timing import Replay, interleaved, plan
+from gatefuse.bench.timing import plan
 
 _SOURCE = "kernels/ops/elementwise/elementwise.py"
 _IMPORTED: dict[str, dict[str, Callable[[], bool]]] = {
@@ -133,7 +133,6 @@ def measure(
     inputs = 2 + (case.workload == "add")
     row_bytes = 2 * N * case.H
     planned = plan(inputs * row_bytes, (inputs + 1) * row_bytes, 1, device)
-    pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
     with lock:
         sets = [make_set(case, N, device) for _ in range(planned[0])]
         for s in sets:  # a weight is loaded early only after a first launch has waited for it
@@ -145,16 +144,7 @@ def measure(
             error = (calls[provider](sets[0]).double() - reference).norm() / reference.norm()
             if not error < 4e-3:  # bfloat16 rounds to 2.0e-3 of a value, in the root mean square
                 raise AssertionError(f"{provider} is wrong: {case}, N={N}: {error:.2e}")
-        replays = {
-            provider: Replay(
-                lambda i, call=call: (call(sets[i % len(sets)]),),  # type: ignore[misc]
-                planned[1],
-                device,
-                pool,
-            )
-            for provider, call in calls.items()
-        }
-        timings = interleaved(replays, run.rounds, device)
+        timings = rotated(calls, sets, planned[1], run)
     key = {"workload": case.workload, "H": case.H, "N": N}
     return [
         {**key, "provider": provider, "sglang": version(), **timing}

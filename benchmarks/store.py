@@ -30,20 +30,12 @@ is the same kernel with programmatic dependent launch, which generated code cann
 # Words of files from before 0.2.
 COLUMNS = {"chain": "workload", "arm": "provider"}
 PROVIDERS = {"limit": "roofline", "peer": "sglang"}
-KINDS = {
-    "core": "workloads",
-    "blocks": "modules",
-    "peer": "sglang",
-    "launch-rule": "launch-config",
-}
+KINDS = {"core": "workloads", "blocks": "modules", "peer": "sglang", "launch-rule": "launch-config"}
 
 
 def header(device: str, arguments: list[str]) -> Row:
-    """What is measured with what, and when; of several GPUs the first visible one is named.
-    Initialises no device.
-
-    Of ``arguments`` that are absolute paths only the last part is kept.
-    """
+    """What is measured with what, and when; of several GPUs the first visible one is named. Of
+    ``arguments`` that are absolute paths only the last part is kept. Initialises no device."""
     import torch
 
     import gatefuse
@@ -51,17 +43,15 @@ def header(device: str, arguments: list[str]) -> Row:
 
     try:
         import triton
-
-        triton_version = triton.__version__
     except ImportError:
-        triton_version = None
+        triton = None
     return {
         "device": _gpu() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": getattr(triton, "__version__", None),
         "gatefuse": gatefuse.__version__,
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "sources": GateFusionPass().uuid(),
@@ -87,12 +77,10 @@ def _gpu() -> str | None:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 def new_path(directory: Path, kind: str) -> Path:

@@ -165,3 +165,23 @@ def guard_tuning(lock: BaseFileLock) -> None:
 
     alone.guarded = True  # type: ignore[attr-defined]
     benchmarker.benchmark_gpu = alone  # type: ignore[method-assign]
+
+
+def rotated(
+    calls: dict[Any, Callable[[Any], Any]], sets: Sequence[Any], samples: int, run: Run
+) -> dict[Any, Row]:
+    """Device time of each of ``calls``, over a rotation of input sets, ``samples`` calls in a
+    sample: columns of a result row."""
+    import torch
+
+    from gatefuse.bench.timing import Replay, interleaved
+
+    pool = torch.cuda.graph_pool_handle() if run.device == "cuda" else None
+    replays = {}
+    for key, call in calls.items():
+
+        def call_set(i: int, call: Callable[[Any], Any] = call) -> tuple[Any, ...]:
+            return (call(sets[i % len(sets)]),)
+
+        replays[key] = Replay(call_set, samples, run.device, pool)
+    return interleaved(replays, run.rounds, run.device)

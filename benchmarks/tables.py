@@ -82,6 +82,8 @@ class Tables:
             (v.case, v.provider, v.mode) for v in self.violations if not (v.reported and v.reason)
         }
         self.cases = self._with_texts(results.cases)
+        found = sorted(set(results.cases["H"]))
+        self.widths = [H for H in grid.WIDTHS if H in found] or found
 
     def flag(self, case: str, provider: str, mode: str) -> str:
         """`` †`` where the provider violates a threshold, else nothing."""
@@ -108,7 +110,6 @@ class Tables:
             bandwidth=["" if pd.isna(x) else f"{x:.0f}" for x in bandwidth],
             baseline=cases["baseline_us"].map(number),
             label=[LABELS[key] for key in keys],
-            width=[f"H = {H}" for H in cases["H"]],
         )
 
     def select(self, workload: str, H: int | None = None, **where: str) -> pd.DataFrame:
@@ -261,17 +262,6 @@ class Tables:
             title = f"{TITLES[group['workload'].iloc[0]]}, H = {H}, {dtype}"
             title += f", {shapes}, µs:" if shapes else ", µs:"
             parts += [title, markdown(pd.concat([table, ratios]))]
-        return parts
-
-    def every_case(self) -> list[str]:
-        """Times of each workload, width, dtype and kind of shapes, and the gate's cost."""
-        parts = []
-        rows = self.cases[(self.cases["device"] == "cuda") & self.cases["workload"].isin(TITLES)]
-        for (shapes, dtype, workload, H), _ in rows.groupby(["shapes", "dtype", "workload", "H"]):
-            parts.append(f"### {workload}, H = {H}, {shapes}, {dtype}")
-            parts += self.times(workload, H, shapes=shapes, dtype=dtype)
-            if workload.startswith("glue"):
-                parts += self.gate_costs(workload, H, shapes=shapes, dtype=dtype)
         return parts
 
 

@@ -18,41 +18,22 @@ import pandas as pd
 from benchmarks import grid
 from benchmarks.store import CASE, MODULE, ROOT, Results, numeric
 
-SLOWER = 1.02
-"""gatefuse over Inductor alone in the same mode, in every case, and, of the gate alone in default
-mode, over the best provider of all."""
-
-EXPLAINED = 1.03
-"""In the glue, default-mode gatefuse over the best provider of all: above this it is listed."""
-
-SMALL_ROWS = 1024
-SPEEDUP = 1.5
-"""Of the gate alone: Inductor's default mode over gatefuse, up to SMALL_ROWS rows."""
-
-GATE_COST_RATIO = 5.0
-"""In the glue: cost of the gate under Inductor's default mode over that under gatefuse, up to
-SMALL_ROWS rows."""
-
-GATE_COST_US = 0.5
-GATE_COST_ROWS = 256
-"""In the glue the gate costs at most so much at up to so many rows."""
-
+# gatefuse over Inductor in the same mode, in every case; of the gate alone, in default mode, over
+# the best provider of all as well. In the glue a loss to that one is listed from EXPLAINED on.
+SLOWER, EXPLAINED = 1.02, 1.03
+# The gate alone: Inductor's default mode over gatefuse. In the glue: the gate's cost under Inductor
+# over that under gatefuse. Both up to so many rows.
+SPEEDUP, GATE_COST_RATIO, SMALL_ROWS = 1.5, 5.0, 1024
+# In the glue the gate costs at most so much at up to so many rows, and so much by width and rows.
+GATE_COST_US, GATE_COST_ROWS = 0.5, 256
 GATE_COST_PREFILL_US = {(2048, 8192): 2.0, (4096, 8192): 3.0}
-"""The same by width and rows."""
-
+# The kernel alone over torch.add or torch.addcmul, from SMALL_ROWS rows on.
 ROOFLINE_RATIO = 1.05
-"""The kernel alone over ``torch.add`` or ``torch.addcmul``, from SMALL_ROWS rows on."""
-
-BASELINE_ROWS = 256
-BASELINE_US = 0.1
-"""The eager op is at most so much slower than the best known kernel, up to BASELINE_ROWS rows: as
-``benchmarks/peers.csv`` has it, and as measured beside it (the suite ``sglang``)."""
-
-PASS_SHARE = 0.01
-"""gatefuse's pass, of the time of a compile in an empty cache."""
-
-IMPORT_MS = 50.0
-"""``import gatefuse`` after ``import torch``."""
+# The eager op is at most so much slower than the best known kernel at up to so many rows: as
+# peers.csv has it, and as measured beside it (the suite `sglang`).
+BASELINE_US, BASELINE_ROWS = 0.1, 256
+# gatefuse's pass, of a compile in an empty cache; `import gatefuse` after `import torch`.
+PASS_SHARE, IMPORT_MS = 0.01, 50.0
 
 
 @dataclass(frozen=True)

@@ -69,13 +69,8 @@ TINY_WORKLOADS = (Workload("decode-2", 2, 4, 24), Workload("prefill", 2, 48, 2))
 def engine_arguments(model: str, folder: Path, tiny: bool) -> dict[str, Any]:
     """Arguments of vLLM's LLM, the same for all providers."""
     arguments: dict[str, Any] = dict(
-        model=str(folder),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        seed=0,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
+        **dict(model=str(folder), load_format="dummy", skip_tokenizer_init=True),
+        **dict(dtype="bfloat16", seed=0, enable_prefix_caching=False, disable_log_stats=True),
         # Explicit, for engines that are started together would count each other's memory.
         gpu_memory_utilization=0.3,
         kv_cache_memory_bytes=(KV_GIB[model] << 30) if not tiny else 1 << 28,
@@ -158,16 +153,11 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     config = model_zoo.engine_config(arguments.model, arguments.layers, arguments.tiny)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    content: dict[str, Any] = {
-        "kind": "vllm",
-        "header": store.header(device, sys.argv[1:] if argv is None else argv),
-        "model": arguments.model + (", tiny" if arguments.tiny else ""),
-        "layers": config["num_hidden_layers"],
-        "config": config,
-        "engines": {},
-        "errors": [],
-        "rows": [],
-    }
+    header = store.header(device, sys.argv[1:] if argv is None else argv)
+    content: dict[str, Any] = {"kind": "vllm", "header": header}
+    content["model"] = arguments.model + (", tiny" if arguments.tiny else "")
+    content |= {"layers": config["num_hidden_layers"], "config": config}
+    content |= {"engines": {}, "errors": [], "rows": []}
     out = store.new_path(arguments.out, f"vllm-{arguments.model}")
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
@@ -179,17 +169,12 @@ def main(argv: list[str] | None = None) -> int:
         def start(provider: str, number: int, place_in_group: int) -> Remote:
             environment = environment_of(provider, place / "site")
             if arguments.gpus > 1:
-                environment["CUDA_VISIBLE_DEVICES"] = str(
-                    (place_in_group + number) % arguments.gpus
-                )
-            return Remote(
-                provider,
-                engine_arguments(arguments.model, place / "model", arguments.tiny),
-                environment,
-                paths_of(place / "site"),
-                arguments.out / f"{out.stem}-{provider}{f'-{number}' if number else ''}.log",
-                deadline,
-            )
+                gpu = (place_in_group + number) % arguments.gpus
+                environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            log = arguments.out / f"{out.stem}-{provider}{f'-{number}' if number else ''}.log"
+            options = engine_arguments(arguments.model, place / "model", arguments.tiny)
+            paths = paths_of(place / "site")
+            return Remote(provider, options, environment, paths, log, deadline)
 
         deadline = begin + arguments.time_budget
         groups = [

@@ -9,14 +9,10 @@ import os
 import random
 import sys
 import time
-import traceback
 from collections import Counter
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-__all__ = ["Workload", "serve"]
 
 WARM_STEPS, PROFILED_STEPS = 4, 16
 
@@ -35,30 +31,29 @@ class Workload:
         return self.tokens_out > self.tokens_in
 
 
-def serve(
-    provider: str, arguments: dict[str, Any], paths: list[str], log: Path, connection: Connection
-) -> None:
-    """Start an engine and answer ``(method, workload)`` with its result, until None.
+_engine: Engine  # of this process
 
-    The first answer tells about the start. An answer is ``(result, None)`` or ``(None, error)``.
-    The process's output goes to ``log``. paths: where gatefuse and its entry points are found. A
-    spawned process takes over its parent's ``sys.path``, whatever PYTHONPATH says.
-    """
+
+def begin(environment: dict[str, str], paths: list[str], log: Path) -> None:
+    """Prepare this process; its output goes to ``log``. paths: where gatefuse and its entry points
+    are found. A spawned process takes over its parent's ``sys.path``, whatever PYTHONPATH says."""
+    os.environ.update(environment)
     sys.path[:0] = paths
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    try:
-        engine = Engine(provider, arguments)
-        connection.send((engine.start, None))
-        while (request := connection.recv()) is not None:
-            method, workload = request
-            connection.send((getattr(engine, method)(workload), None))
-    except EOFError:
-        pass
-    except BaseException:
-        print(traceback.format_exc(), file=sys.stderr, flush=True)
-        connection.send((None, traceback.format_exc(limit=-4)))
+
+
+def start(provider: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Start this process's engine; what it tells about itself."""
+    global _engine
+    _engine = Engine(provider, arguments)
+    return _engine.start
+
+
+def ask(method: str, workload: Workload) -> Any:
+    """The result of a method of this process's engine."""
+    return getattr(_engine, method)(workload)
 
 
 class Engine:

@@ -63,10 +63,16 @@ def test_every_section_is_filled_from_complete_results() -> None:
     assert "0 thresholds are violated" in publish.summary(made)[-1]
 
 
-def test_no_results_make_an_almost_empty_document() -> None:
-    text = publish.results_document(collect([]))
-    assert "- main: 288 workloads and sizes" not in text.split("## Not measured yet")[0]
-    assert "- widths: " in text
+def test_no_results_have_no_tables() -> None:
+    text = publish.report(collect([]))
+    assert not text.strip()
+
+
+def test_what_is_not_measured_is_listed() -> None:
+    contents = files()
+    contents[0]["rows"] = [r for r in contents[0]["rows"] if r["workload"] != "glue-alone"]
+    text = publish.report(collect(contents))
+    assert "- glue-alone H=4096 N=8192\n" in text
 
 
 def lines(text: str) -> list[str]:

@@ -283,5 +283,5 @@ def test_check_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert command.main(["check", paths[0]]) == 1
     assert command.main(["report", *paths]) == 0
     out = capsys.readouterr().out
-    assert "### glue, H = 2048, dynamic, bfloat16" in out
+    assert "Symbolic rows and width:" in out
     assert "N = 2, H = 2048, µs" in out  # host
