@@ -17,17 +17,18 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
 from filelock import BaseFileLock
-from torch import Tensor, nn
+from torch import Tensor
 
-import gatefuse
 from benchmarks.sweep import BenchError, Row, Run, rotated, sweep
 from gatefuse import kernels
+from gatefuse.bench.measure import checker
 from gatefuse.bench.timing import plan
+from gatefuse.bench.workloads import bytes_of, make_set
 
 _SOURCE = "kernels/ops/elementwise/elementwise.py"
 _IMPORTED: dict[str, dict[str, Callable[[], bool]]] = {
@@ -73,83 +74,55 @@ def version() -> str:
         return "unknown"
 
 
-Set = tuple[nn.Parameter, Tensor, Tensor, Tensor, Tensor]  # weight, x, v, routed, SGLang's routed
-
-
-def calls_of(workload: str) -> dict[str, Callable[[Set], Tensor]]:
-    """The providers: a call each."""
+def calls_of(workload: str) -> dict[str, Callable[[Any], Tensor]]:
+    """The providers: a call each, of a module, its inputs and what SGLang adds into."""
     sglang = load()
 
-    def op(s: Set) -> Tensor:
-        return gatefuse.linear_sigmoid_mul(
-            s[1], s[0], s[2], addend=s[3] if workload == "add" else None
-        )
-
-    def baseline(s: Set) -> Tensor:
+    def baseline(one: Any) -> Tensor:
+        module, (x, v, *_), routed = one
         if workload == "mul":
-            result: Tensor = sglang.fused_gate_sigmoid_mul(s[1], s[0][0], s[2])
+            result: Tensor = sglang.fused_gate_sigmoid_mul(x, module.gate.weight[0], v)
             return result
-        sglang.fused_gate_sigmoid_mul_add(s[1], s[0][0], s[2], s[4])
-        return s[4]
+        sglang.fused_gate_sigmoid_mul_add(x, module.gate.weight[0], v, routed)
+        return cast(Tensor, routed)
 
-    def roofline(s: Set) -> Tensor:
-        return torch.add(s[1], s[2]) if workload == "mul" else torch.addcmul(s[3], s[1], s[2])
+    return {
+        "op": lambda one: one[0].op(*one[1])[0],
+        "sglang": baseline,
+        "roofline": lambda one: one[0].roofline(*one[1])[0],
+    }
 
-    return {"op": op, "sglang": baseline, "roofline": roofline}
+
+def make(case: SGLangCase, N: int, device: str) -> tuple[Any, tuple[Tensor, ...], Tensor]:
+    module, inputs = make_set(case.workload, case.H, N, torch.bfloat16, device)
+    return module, inputs, inputs[-1].clone()
 
 
 def run_case(run: Run, case: SGLangCase, lock: BaseFileLock) -> list[Row]:
     """A result row for each provider and number of rows."""
     torch.manual_seed(zlib.crc32(repr(case).encode()))
+    rows = []
     with torch.no_grad():
         calls = calls_of(case.workload)
         for call in calls.values():  # compile, while others measure
-            call(make_set(case, 2, run.device))
-        rows = []
+            call(make(case, 2, run.device))
         for N in case.rows:
-            rows += measure(case, N, calls, run, lock)
-            torch.cuda.empty_cache()
-        return rows
-
-
-def make_set(case: SGLangCase, N: int, device: str) -> Set:
-    def make(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
-
-    weight = nn.Parameter(make(1, case.H) / case.H**0.5)
-    routed = make(N, case.H)
-    return weight, make(N, case.H), make(N, case.H), routed, routed.clone()
-
-
-def measure(
-    case: SGLangCase,
-    N: int,
-    calls: dict[str, Callable[[Set], Tensor]],
-    run: Run,
-    lock: BaseFileLock,
-) -> list[Row]:
-    """Check and time all providers at ``N`` rows."""
-    device = run.device
-    inputs = 2 + (case.workload == "add")
-    row_bytes = 2 * N * case.H
-    planned = plan(inputs * row_bytes, (inputs + 1) * row_bytes, 1, device)
-    with lock:
-        sets = [make_set(case, N, device) for _ in range(planned[0])]
-        for s in sets:  # a weight is loaded early only after a first launch has waited for it
-            calls["op"](s)
-        weight, x, v, routed, _ = sets[0]
-        reference = torch.sigmoid(x.double() @ weight.double().T) * v.double()
-        reference += routed.double() if case.workload == "add" else 0
-        for provider in ("op", "sglang"):
-            error = (calls[provider](sets[0]).double() - reference).norm() / reference.norm()
-            if not error < 4e-3:  # bfloat16 rounds to 2.0e-3 of a value, in the root mean square
-                raise AssertionError(f"{provider} is wrong: {case}, N={N}: {error:.2e}")
-        timings = rotated(calls, sets, planned[1], run)
-    key = {"workload": case.workload, "H": case.H, "N": N}
-    return [
-        {**key, "provider": provider, "sglang": version(), **timing}
-        for provider, timing in timings.items()
-    ]
+            planned = bytes_of(case.workload, case.H, N, torch.bfloat16)
+            number, samples = plan(*planned, 1, run.device)
+            with lock:
+                sets = [make(case, N, run.device) for _ in range(number)]
+                for one in sets:  # a weight is loaded early only after a launch has waited for it
+                    calls["op"](one)
+                check = checker(*sets[0][:2])
+                for provider in ("op", "sglang"):
+                    check([calls[provider](sets[0])])
+                timings = rotated(calls, sets, samples, run)
+                del sets
+                torch.cuda.empty_cache()
+            for provider, timing in timings.items():
+                row = {"workload": case.workload, "H": case.H, "N": N, "provider": provider}
+                rows.append(row | {"sglang": version()} | timing)
+    return rows
 
 
 def failed_rows(case: SGLangCase, error: str) -> list[Row]:

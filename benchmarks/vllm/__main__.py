@@ -4,10 +4,10 @@
 
 Offline engines with dummy weights of the model's shapes in bfloat16: no network, no checkpoint, no
 tokenizer. Each provider is an engine in a process of its own. ``--together`` engines are up at the
-same time and take turns, so that what drifts hits them alike; each runs while the others wait. The
-speed of an engine also differs from start to start: with ``--starts`` they are all started so many
-times, and profiled the first time. With ``--gpus 2`` two engines that are up together have a GPU
-each, so more layers fit, and work at the same time; they change places at each start. Providers:
+same time and take turns, so drift hits them alike. An engine's speed also differs from start to
+start: with ``--starts`` all are started so many times, and profiled the first time. With ``--gpus
+2`` two engines that are up together have a GPU each and work at the same time; they change places
+at each start. Providers:
 
 - ``vllm``: vLLM as it is (GATEFUSE_DISABLE=1).
 - ``plugin``: gatefuse's plugin.
@@ -19,11 +19,8 @@ An engine that is not what its provider claims, by what gatefuse logged in it, i
 ``plugin`` where no gate was fused, the others where one was.
 
 The result file has a row for each provider, workload and start: seconds of each round, tokens per
-second, and what a profiled step holds, by kernel; and for each provider the lines that gatefuse
-logged. It is written after each group of engines. DIR also gets the engines' logs.
-
-gatefuse need not be installed: where its entry points are not found, the engines' processes get
-them from pyproject.toml. vLLM must be importable; there are ten minutes in a run.
+second, and what a profiled step holds, by kernel. DIR also gets the engines' logs. gatefuse need not
+be installed: where its entry points are not found, the engines get them from pyproject.toml.
 """
 
 from __future__ import annotations

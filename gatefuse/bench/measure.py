@@ -49,11 +49,8 @@ def function_of(provider: Provider, dynamic: bool | None = False) -> Function:
 
 
 def with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A copy of a function without closure or defaults, for one compile.
-
-    Dynamo keeps compiles by code object: it would compare the options of each compile with those of
-    a call, which takes microseconds, and take two compiles with the same options for one.
-    """
+    """A copy of a function without closure or defaults, for one compile. Dynamo keeps compiles by
+    code object: it would compare their options at each call and take equal ones for the same."""
     return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__)
 
 
@@ -66,18 +63,13 @@ def inductor_options(name: str, mode: str) -> dict[str, Any]:
 
 
 def fusion_facts(report: gatefuse.Report, gates: int) -> Row:
-    """What a compile fused, as columns. Raises RuntimeError unless it fused ``gates``.
-
-    Gates that gatefuse declined because fusing them does not pay are measured as a user gets them,
-    unfused, with the reason as ``left_alone``.
-    """
+    """What a compile fused, as columns. Raises RuntimeError unless it fused ``gates``. A gate that
+    the cost model declined is measured as a user gets it, unfused, with the reason."""
     left = [r.reason for r in report.rejections if r.reason.endswith("forced placement fuses it")]
     if report.fused + len(left) != gates:
         raise RuntimeError(f"{report.fused} gates were fused, not {gates}\n{report}")
-    facts = {
-        "fused": report.fused,
-        "placement": sorted({str(site.placement) for site in report.sites}),
-    }
+    placements = sorted({str(site.placement) for site in report.sites})
+    facts = {"fused": report.fused, "placement": placements}
     return facts | ({"left_alone": left[0]} if left else {})
 
 
@@ -226,7 +218,7 @@ def time_providers(
 def compile_case(
     case: Case, rows: int, compile_one: Callable[..., Running] = compile_provider
 ) -> list[Running]:
-    """All providers of a case, compiled by ``compile_one`` on inputs of ``rows`` rows."""
+    """All providers of a case, compiled on inputs of ``rows`` rows."""
     torch.manual_seed(zlib.crc32(repr(case).encode()))
     torch._dynamo.reset()
     # A graph from the cache comes without the detail of its sites.

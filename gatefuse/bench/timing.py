@@ -1,14 +1,10 @@
 """How long a call takes on the device.
 
-A CUDA graph holds ``calls`` calls, each on another input set (weights included) of a rotation; the
-time of a replay divided by ``calls`` is one sample. Before each replay, outside the timed region, a
-buffer of three times the L2 cache is read, and no set is used twice in a replay unless the rotation
-is itself larger than that: every call finds its inputs in device memory. Before that read the
-device spins for as long as the host may need to launch the graph, so no launch latency is timed.
-Replays of all providers are interleaved, one per provider and round, in a random order and then in
-its reverse, which spreads the drift of clocks and what a provider leaves behind over all alike.
-
-On the CPU the same plan runs as a plain loop under the wall clock.
+A sample is the replay of a CUDA graph of many calls (on the CPU: a loop under the wall clock), each
+on another input set of a rotation. A buffer of three times the L2 cache is read before each replay,
+and no set is used twice in one unless the rotation is larger than that: every call finds its inputs
+in device memory. Before that read the device spins while the host launches the graph. All providers
+take turns, in a random order and then in its reverse: drift hits all alike.
 """
 
 from __future__ import annotations
@@ -52,8 +48,8 @@ def plan(set_bytes: int, moved_bytes: int, kernels: int, device: str) -> tuple[i
     """Number of input sets, of ``set_bytes``, and of calls in a sample, a multiple of it. A call
     moves ``moved_bytes`` in at least ``kernels`` launches.
 
-    A sample lasts about 1.5 ms at the least, which makes the few microseconds around a replay
-    vanish, and the rotation is larger than ``COLD_FACTOR`` caches or as long as the sample.
+    A sample lasts 1.5 ms or more, which makes the few microseconds around a replay vanish, and the
+    rotation is larger than ``COLD_FACTOR`` caches or as long as the sample.
     """
     bytes_per_us, launch_us, sample_us = (4.3e6, 1.0, 1500) if device == "cuda" else (1e4, 50, 2000)
     floor_us = max(moved_bytes / bytes_per_us, kernels * launch_us)
