@@ -96,11 +96,6 @@ def run_case(run: Run, case: LaunchCase, lock: BaseFileLock) -> list[Row]:
     return rows
 
 
-def failed_rows(case: LaunchCase, error: str) -> list[Row]:
-    """The rows of a case whose process died."""
-    return [{"H": case.H, "dtype": case.dtype, "pdl": case.pdl, "error": error}]
-
-
 def summary(rows: list[Row]) -> list[str]:
     """The rule against the fastest configuration, by dtype, launch and width."""
     lines = []
@@ -130,6 +125,6 @@ def run(
         for pdl in ((False, True) if kernels.supports_pdl(0) else (False,))
     ]
     work = functools.partial(run_case, run)
-    path, code = sweep("launch-config", run, cases, work, failed_rows)
+    path, code = sweep("launch-config", run, cases, work)
     print("\n".join(summary(json.loads(path.read_text())["rows"])))
     return path, code

@@ -125,13 +125,8 @@ def run_case(run: Run, case: SGLangCase, lock: BaseFileLock) -> list[Row]:
     return rows
 
 
-def failed_rows(case: SGLangCase, error: str) -> list[Row]:
-    """The rows of a case whose process died."""
-    return [{"workload": case.workload, "H": case.H, "N": N, "error": error} for N in case.rows]
-
-
 def run(widths: Sequence[int], rows: Sequence[int], run: Run) -> tuple[Path, int]:
     """Measure all; see :func:`benchmarks.sweep.sweep`. Raises BenchError without sglang."""
     load()
     cases = [SGLangCase(workload, H, tuple(rows)) for H in widths for workload in ("mul", "add")]
-    return sweep("sglang", run, cases, functools.partial(run_case, run), failed_rows)
+    return sweep("sglang", run, cases, functools.partial(run_case, run))

@@ -58,11 +58,11 @@ def sweep(
     run: Run,
     cases: Sequence[Item],
     work: Work[Item, list[Row]],
-    failed_rows: Callable[[Item, str], list[Row]],
+    failed_rows: Callable[[Item, str], list[Row]] | None = None,
 ) -> tuple[Path, int]:
     """Run ``work`` on the cases until the time budget is over; write the results after each.
 
-    ``failed_rows`` makes the rows of a case whose process died. Returns the result file and an exit
+    ``failed_rows`` makes the rows of a case whose process died (default: one). Returns the result file and an exit
     code: 1 if a provider failed, 2 if the time was over before all cases were measured.
     """
     from benchmarks import store  # its pandas is not for the processes that measure
@@ -73,17 +73,15 @@ def sweep(
     if run.processes > 1:
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_AUTOTUNE_NUM_CHOICES_DISPLAYED"] = "0"
-    content: dict[str, Any] = {
-        "kind": kind,
-        "header": store.header(run.device, sys.argv[1:]),
-        "rows": [],
-        "not_run": [asdict(case) for case in cases],  # type: ignore[call-overload]
-    }
+    content: dict[str, Any] = {"kind": kind, "header": store.header(run.device, sys.argv[1:])}
+    waiting: list[Any] = list(cases)
+    content |= {"rows": [], "not_run": [asdict(case) for case in waiting]}
     failed = 0
     for case, rows, error in spread(work, cases, run.processes, begin + run.time_budget):
         if rows is None:
             print(error, file=sys.stderr, flush=True)
-            rows = failed_rows(case, str(error).strip()[-500:])
+            text = str(error).strip()[-500:]
+            rows = failed_rows(case, text) if failed_rows else [asdict(case) | {"error": text}]
         content["rows"] += rows
         content["not_run"].remove(asdict(case))  # type: ignore[call-overload]
         store.write(path, content)

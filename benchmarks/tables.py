@@ -182,32 +182,29 @@ class Tables:
 
     def modules(self) -> list[str]:
         """Real modules: kernels and GPU time."""
-        parts = []
-        modules = modules_beside_inductor(self.results.modules)
         heads = ["N", "kernels: Inductor", "gatefuse", "µs: Inductor", "gatefuse", "ratio"]
         heads += ["slowest compile, µs: Inductor", "gatefuse"]
         heads += ["compile, s: Inductor", "gatefuse", "pass, ms"]
+        parts, modules = [], modules_beside_inductor(self.results.modules)
         for mode in grid.MODULE_MODES:
-            body: dict[str, list[str]] = {}
+            names, body = [], []
             for key, rows in modules[modules["mode"] == mode].groupby(MODULE):
-                by = {r.provider: r for r in rows.itertuples()}
-                if set(by) != set(grid.MODULE_PROVIDERS):
+                if len(rows) != len(grid.MODULE_PROVIDERS):
                     continue
-                pair = [by[provider] for provider in grid.MODULE_PROVIDERS]
-                fused = pair[1]
-                failed = [not pd.isna(r.error) for r in pair]
-                line = [str(key[2])]
-                line += ["failed" if f else number(r.kernels) for r, f in zip(pair, failed)]
-                line += [spread(r) for r in pair]
-                if not any(failed):
+                plain, fused = rows.sort_values("provider", ascending=False).itertuples()
+                kernels = [
+                    number(r.kernels) if pd.isna(r.error) else "failed" for r in (plain, fused)
+                ]
+                line = [str(key[2]), *kernels, spread(plain), spread(fused)]
+                if "failed" not in kernels:
                     flag = self.flag(fused.case, fused.provider, fused.mode)
-                    line.append(ratio(fused.median_us / fused.inductor_us) + flag)
-                    line += [number(r.slowest_us) for r in pair]
-                    line += [f"{r.compile_s:.1f}" for r in pair] + [number(fused.pass_ms)]
-                body[f"{key[0]} {key[1]} {key[2]}"] = line + [""] * (len(heads) - len(line))
+                    line += [ratio(fused.ratio) + flag, number(plain.slowest_us)]
+                    line += [number(fused.slowest_us), f"{plain.compile_s:.1f}"]
+                    line += [f"{fused.compile_s:.1f}", number(fused.pass_ms)]
+                names.append(f"{key[0]} {key[1]}")
+                body.append(line + [""] * (len(heads) - len(line)))
             if body:
-                table = pd.DataFrame.from_dict(body, orient="index", columns=range(len(heads)))
-                table = table.rename(lambda name: name.rpartition(" ")[0]).set_axis(heads, axis=1)
+                table = pd.DataFrame(body, names, heads)
                 parts += [f"Mode {mode}:", markdown(table, "module")]
         return parts
 

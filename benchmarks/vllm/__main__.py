@@ -19,8 +19,8 @@ An engine that is not what its provider claims, by what gatefuse logged in it, i
 ``plugin`` where no gate was fused, the others where one was.
 
 The result file has a row for each provider, workload and start: seconds of each round, tokens per
-second, and what a profiled step holds, by kernel. DIR also gets the engines' logs. gatefuse need not
-be installed: where its entry points are not found, the engines get them from pyproject.toml.
+second, and what a profiled step holds, by kernel. DIR also gets the engines' logs. gatefuse need
+not be installed: where its entry points are not found, the engines get them from pyproject.toml.
 """
 
 from __future__ import annotations
