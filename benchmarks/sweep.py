@@ -62,7 +62,7 @@ def sweep(
 ) -> tuple[Path, int]:
     """Run ``work`` on the cases until the time budget is over; write the results after each.
 
-    ``failed_rows`` makes the rows of a case whose process died (default: one). Returns the result file and an exit
+    ``failed_rows`` makes the rows of a case whose process died. Returns the result file and an exit
     code: 1 if a provider failed, 2 if the time was over before all cases were measured.
     """
     from benchmarks import store  # its pandas is not for the processes that measure
