@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.benchmarks.extra import need
+
 
 @pytest.fixture(autouse=True)
 def _no_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pandas", reason="needs the extra `benchmarks`")
+    need()
     from benchmarks import thresholds
 
     monkeypatch.setattr(thresholds, "reasons", list)

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pandas", reason="needs the extra `benchmarks`")
+from tests.benchmarks.extra import need
+
+need()
 
 from benchmarks.store import ROOT
 from benchmarks.vllm import __main__ as vllm_benchmark

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pandas", reason="needs the extra `benchmarks`")
-pytest.importorskip("matplotlib", reason="needs the extra `benchmarks`")
+from tests.benchmarks.extra import need
+
+need()
 
 from benchmarks import plots, publish, store, thresholds
 from benchmarks.grid import WIDTHS

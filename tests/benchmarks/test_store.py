@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pandas", reason="needs the extra `benchmarks`")
+from tests.benchmarks.extra import need
+
+need()
 
 from benchmarks import grid, store
 from benchmarks.store import Results, collect, matches

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("pandas", reason="needs the extra `benchmarks`")
-pytest.importorskip("pebble", reason="needs the extra `benchmarks`")
-pytest.importorskip("filelock", reason="needs the extra `benchmarks`")
+from tests.benchmarks.extra import need
+
+need()
 
 from benchmarks import __main__ as command
 from benchmarks import grid, store

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-pytest.importorskip("pebble", reason="needs the extra `benchmarks`")
-pytest.importorskip("filelock", reason="needs the extra `benchmarks`")
+from tests.benchmarks.extra import need
+
+need()
 
 from benchmarks.sweep import spread
 from tests.benchmarks.work import work

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
+from tests.benchmarks.extra import need
 
-pytest.importorskip("pandas", reason="needs the extra `benchmarks`")
+need()
 
 from benchmarks import grid, publish, tables
 from benchmarks.store import collect

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pandas", reason="needs the extra `benchmarks`")
+from tests.benchmarks.extra import need
+
+need()
 
 from benchmarks import __main__ as command
 from benchmarks import grid, store, thresholds
