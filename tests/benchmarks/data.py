@@ -40,8 +40,8 @@ def module_rows() -> list[dict[str, Any]]:
 
 def sglang_rows() -> list[dict[str, Any]]:
     return [
-        {"workload": chain, "H": 4096, "N": N, "provider": provider, "median_us": us}
-        for chain in ("mul", "add")
+        {"workload": workload, "H": 4096, "N": N, "provider": provider, "median_us": us}
+        for workload in ("mul", "add")
         for N in (1, 1024)
         for provider, us in (("op", 1.2), ("sglang", 1.15), ("roofline", 1.1))
     ]
@@ -93,7 +93,7 @@ def edit(contents: list[dict[str, Any]], change: dict[str, Any], **where: Any) -
 
 
 def engine_file() -> dict[str, Any]:
-    """Two layers; what a step of each arm holds, as (kernel, calls, µs)."""
+    """Two layers; the kernels of a step of each provider, as (kernel, calls, µs)."""
     norm, fused = ("triton_norm", 2, 8.0), ("triton_norm_gate", 2, 9.0)
     kernels = {
         "vllm": [("gemv", 2, 10.0), ("sigmoid", 2, 4.0), norm, ("experts", 2, 90.0)],

@@ -16,7 +16,7 @@ from benchmarks.store import Results, collect, matches
 from tests.benchmarks.data import STATIC, edit, files
 
 
-def cell(results: Results, **where: Any) -> Any:
+def case(results: Results, **where: Any) -> Any:
     """The one row of the workloads' cases with these values, or None."""
     wanted = {"device": "cuda", "shapes": "static", "dtype": grid.DTYPE, **where}
     rows = list(results.cases[matches(results.cases, wanted)].itertuples())
@@ -33,20 +33,20 @@ def test_the_last_run_of_a_case_counts_whole() -> None:
     ]
     found = collect([first, second])
     of = {"workload": "mul", "H": 2048, "N": 2, "provider": "inductor"}
-    assert cell(found, **of, mode="default").median_us == 7.0
-    assert cell(found, **of, mode="max-autotune") is None
-    assert cell(found, **{**of, "N": 1}, mode="default").median_us == 5.0
+    assert case(found, **of, mode="default").median_us == 7.0
+    assert case(found, **of, mode="max-autotune") is None
+    assert case(found, **{**of, "N": 1}, mode="default").median_us == 5.0
 
 
 def test_of_several_draws_the_mean_counts_unless_one_failed() -> None:
     contents = files()
     where = {**STATIC, "workload": "glue", "N": 64, "provider": "inductor", "mode": "max-autotune"}
     edit(contents, {"median_us": 6.5}, **where, draw=1)
-    row = cell(collect(contents), **where)
+    row = case(collect(contents), **where)
     assert row.median_us == pytest.approx((5.0 + 6.5 + 5.0) / 3)
     assert (row.p10_us, row.p90_us) == (5.0, 6.5), "the range of the draws"
     edit(contents, {"error": "x", "median_us": None}, **where, draw=2)
-    row = cell(collect(contents), **where)
+    row = case(collect(contents), **where)
     assert row.error == "x"
     assert row.median_us != row.median_us
 
@@ -78,11 +78,11 @@ def test_ratios_and_costs_are_taken_within_a_mode() -> None:
     plain = {**where, "workload": "glue_nogate", "provider": "inductor", "mode": "max-autotune"}
     edit(contents, {"median_us": 1.0}, **plain)
     found = collect(contents)
-    row = cell(found, **where, provider="gatefuse-auto", mode="max-autotune")
+    row = case(found, **where, provider="gatefuse-auto", mode="max-autotune")
     assert (row.ratio, row.cost_us, row.inductor_cost_us) == (0.5, 1.0, 3.0)
-    row = cell(found, **where, provider="gatefuse-auto", mode="default")
+    row = case(found, **where, provider="gatefuse-auto", mode="default")
     assert (row.ratio, row.cost_us, row.inductor_cost_us) == (0.4, 0.5, 3.5)
-    assert cell(found, **where, provider="eager").cost_us == 7.5
+    assert case(found, **where, provider="eager").cost_us == 7.5
     assert row.best_us == 2.0
 
 

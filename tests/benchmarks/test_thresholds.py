@@ -69,7 +69,7 @@ def test_a_complete_run_reaches_every_threshold() -> None:
                 "add H=4096 N=2: coordinate-descent",
                 "add H=4096 N=2: gatefuse 2.00 us is 1.053 of the best provider's",
             ],
-            id="best-arm-is-another-mode",
+            id="best-provider-is-another-mode",
         ),
         pytest.param(
             {**STATIC, "provider": "gatefuse-inline", "mode": "default", "workload": "mul", "N": 2},
@@ -138,7 +138,7 @@ def test_a_complete_run_reaches_every_threshold() -> None:
             {**STATIC, "workload": "glue", "N": 16, "provider": "gatefuse-kernel"},
             {"error": "AssertionError('output 0')", "median_us": None},
             ["glue H=4096 N=16: gatefuse-kernel, default failed: AssertionError"],
-            id="wrong-arm",
+            id="wrong-provider",
         ),
         pytest.param(
             {"what": "call", "provider": "gatefuse-auto"},
@@ -251,12 +251,14 @@ def test_what_was_not_measured_is_an_error_unless_partial() -> None:
     whole = [
         line for line in found_lines if fnmatch.fnmatchcase(line, "add H=* N=1024*: not measured")
     ]
-    arms = [m for m in found_lines if fnmatch.fnmatchcase(m, "mul H=7168 N=*: not measured: op, -")]
+    providers = [
+        m for m in found_lines if fnmatch.fnmatchcase(m, "mul H=7168 N=*: not measured: op, -")
+    ]
     wide = grid.GRIDS["widths"]
     dtypes = len(grid.GRIDS["dtypes"].dtypes)
     assert len(whole) == len(grid.WIDTHS) + len(wide.widths) + dtypes
-    assert len(arms) == len(wide.rows)
-    rest = set(found_lines) - set(whole) - set(arms)
+    assert len(providers) == len(wide.rows)
+    rest = set(found_lines) - set(whole) - set(providers)
     assert rest == {
         "host: not measured: import",
         "qwen3_next block N=16: not measured: inductor, default",
