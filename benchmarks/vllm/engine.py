@@ -163,9 +163,8 @@ class Engine:
 
 def summary(events: list[tuple[str, int, int]], steps: int) -> dict[str, Any]:
     """Of ``(name, start, duration)`` in ns, over ``steps`` steps. Copies are no kernels."""
-    kernels = sorted(
-        (e for e in events if not e[0].startswith(("Memcpy", "Memset"))), key=lambda e: e[1]
-    )
+    kernels = [event for event in events if not event[0].startswith(("Memcpy", "Memset"))]
+    kernels.sort(key=lambda event: event[1])
     busy, end, last = 0, 0, 0
     count: Counter[str] = Counter()
     total: Counter[str] = Counter()
@@ -185,12 +184,9 @@ def summary(events: list[tuple[str, int, int]], steps: int) -> dict[str, Any]:
         "busy_us": round(busy * per_step, 2),
         "span_us": round(span * per_step, 2),
         "by_name": [
-            {
-                "name": name[:200],
-                "per_step": round(n / max(steps, 1), 3),
-                "us_per_step": round(total[name] * per_step, 3),
-            }
-            for name, n in sorted(count.items(), key=lambda item: -total[item[0]])
+            {"name": name[:200], "per_step": round(count[name] / max(steps, 1), 3)}
+            | {"us_per_step": round(duration * per_step, 3)}
+            for name, duration in total.most_common()
         ],
     }
 
@@ -208,8 +204,9 @@ def hand_kernel() -> list[Any]:
     def without_gate(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         # Beside the module's own names: the block holds the gate and loads its weight.
-        self.__dict__["hand_gate"], self.expert_gate = self.expert_gate, None
-        gates.extend([self.__dict__["hand_gate"]] if self.__dict__["hand_gate"] is not None else [])
+        gate, self.expert_gate = self.expert_gate, None
+        self.__dict__["hand_gate"] = gate
+        gates.extend([gate] if gate is not None else [])
 
     def gated(self: Any, x: Any) -> Any:
         out = forward(self, x)
