@@ -1,78 +1,90 @@
-"""The arguments of `gatefuse bench`. Imports torch only when it measures."""
+"""The laboratory: suites measure; `check`, `report` and `publish` read what they wrote.
+
+Exit codes: 0; 1 if a provider failed or a threshold is violated; 2 if the command cannot run, or
+the time was over before all was measured.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import grid
+from benchmarks.sweep import BenchError, Run
 
 DTYPES = ("bfloat16", "float16", "float32")
+WIDTHS = tuple(sorted({*grid.WIDTHS, *grid.GRIDS["widths"].widths}))
 
 
-def add_to(commands: Any) -> None:
-    """Add `bench` to the subcommands of the `gatefuse` command."""
-    bench = commands.add_parser(
-        "bench",
-        help="measure gatefuse on this machine, or check the committed results",
-        description="Without a question: gatefuse against Inductor on this machine, in a minute "
-        "or two. Results go to JSON files, with plots beside them if matplotlib is installed.",
-    )
-    bench.add_argument(
-        "--check",
-        nargs="*",
-        type=Path,
-        metavar="FILE",
-        help="name every cell of the files (default: the committed results) that misses its mark; "
-        "exit with 1 if there is one",
-    )
-    bench.add_argument(
-        "--partial", action="store_true", help="with --check: what was not measured is no miss"
-    )
-    bench.add_argument("--report", nargs="+", type=Path, metavar="FILE", help="print all tables")
-    bench.add_argument(
-        "--update",
-        action="store_true",
-        help="write the tables and plots of README.md and docs/ from the committed results",
-    )
-    _measuring(bench, budget=120)
-    bench.set_defaults(run=_run, measure=_short)
-    questions = bench.add_subparsers(metavar="question")
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with ``argv``; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.command(args))
+    except BenchError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
 
-    core = _question(questions, "core", "GPU time of the gate alone and in a layer's glue", _core)
-    names = ",".join(grid.GRIDS)
-    core.add_argument("--grid", type=_chosen(grid.GRIDS), default=("main",), help=names)
-    _grid(core)
 
-    cpu = _question(questions, "cpu", "the same on the CPU, against Inductor's C++", _cpu, 1200)
-    _grid(cpu)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
 
-    blocks = _question(questions, "blocks", "modules of transformers: kernels, GPU time", _blocks)
-    blocks.add_argument("--models", type=_chosen(grid.BLOCK_MODELS), default=grid.BLOCK_MODELS)
-    blocks.add_argument("--parts", type=_chosen(grid.BLOCK_PARTS), default=grid.BLOCK_PARTS)
-    blocks.add_argument("--rows", type=_numbers)
-    blocks.add_argument("--modes", type=_chosen(grid.BLOCK_MODES), default=grid.BLOCK_MODES)
+    check = commands.add_parser("check", help="name every violated threshold")
+    check.add_argument("files", nargs="*", type=Path, help="default: the committed results")
+    check.add_argument("--partial", action="store_true", help="what was not measured is no error")
+    check.set_defaults(command=_check)
+    report = commands.add_parser("report", help="print all tables of result files")
+    report.add_argument("files", nargs="+", type=Path)
+    report.set_defaults(command=_report)
+    publish = commands.add_parser("publish", help="write RESULTS.md, README's summary, the plots")
+    publish.set_defaults(command=_publish)
 
-    host = _question(questions, "host", "host time per call, import and compile time", _host)
-    host.add_argument("--chains", type=_chosen(grid.MAIN), default=grid.MAIN)
-    host.add_argument("--width", type=int, default=2048)
-    host.add_argument("--rows", type=int, default=2)
-    host.add_argument("--modes", type=_chosen(grid.MODES), default=("default",))
+    def suite(name: str, text: str, measure: Callable[..., Any]) -> argparse.ArgumentParser:
+        one: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        one.add_argument("--out", type=Path, default=Path("benchmark-results"), metavar="DIR")
+        one.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+        one.add_argument("--time-budget", type=float, default=540, metavar="SECONDS")
+        one.add_argument("--processes", type=int, help="that compile; one at a time measures")
+        one.add_argument("--quick", action="store_true", help="smallest sizes: does it run?")
+        one.set_defaults(command=_measure, measure=measure)
+        return one
 
-    widths = tuple(sorted({*grid.WIDTHS, *grid.GRIDS["widths"].widths}))
-    rule = _question(questions, "launch-rule", "the kernel's launch rule, on CUDA", _launch_rule)
-    rule.add_argument("--widths", type=_numbers, default=widths)
-    rule.add_argument("--rows", type=_numbers, default=(1, 16, 256, 1024, 8192))
-    rule.add_argument("--dtypes", type=_chosen(DTYPES), default=("bfloat16", "float32"))
+    modes, dtypes = _chosen(grid.MODES), _chosen(DTYPES)
+    one = suite("workloads", "GPU or CPU time of the gate alone and in a layer's glue", _workloads)
+    one.add_argument("--grid", type=_chosen(grid.GRIDS), help="of " + ",".join(grid.GRIDS))
+    one.add_argument("--workloads", type=_chosen((*grid.WORKLOADS, *grid.VARIANTS)))
+    one.add_argument("--widths", type=_numbers)
+    one.add_argument("--rows", type=_numbers)
+    one.add_argument("--modes", type=modes)
+    one.add_argument("--dtypes", type=dtypes)
 
-    peer = _question(
-        questions, "peer", "the op beside SGLang's kernel, on CUDA with sglang installed", _peer
-    )
-    peer.add_argument("--widths", type=_numbers, default=widths)
-    peer.add_argument("--rows", type=_numbers, default=(1, 4, 16, 64, 256, 1024))
+    one = suite("modules", "modules of transformers: kernels, GPU time", _modules)
+    one.add_argument("--models", type=_chosen(grid.MODULE_MODELS), default=grid.MODULE_MODELS)
+    one.add_argument("--parts", type=_chosen(grid.MODULE_PARTS), default=grid.MODULE_PARTS)
+    one.add_argument("--rows", type=_numbers)
+    one.add_argument("--modes", type=_chosen(grid.MODULE_MODES), default=grid.MODULE_MODES)
+
+    one = suite("host", "host time per call, import and compile time", _host)
+    one.add_argument("--workloads", type=_chosen(grid.WORKLOADS), default=grid.WORKLOADS)
+    one.add_argument("--width", type=int, default=2048)
+    one.add_argument("--rows", type=int, default=2)
+    one.add_argument("--modes", type=modes, default=("default",))
+
+    one = suite("launch-config", "the kernel's launch rule, on CUDA", _launch_config)
+    one.add_argument("--widths", type=_numbers, default=WIDTHS)
+    one.add_argument("--rows", type=_numbers, default=(1, 16, 256, 1024, 8192))
+    one.add_argument("--dtypes", type=dtypes, default=("bfloat16", "float32"))
+
+    one = suite("sglang", "the op beside SGLang's kernel, on CUDA", _sglang)
+    one.add_argument("--widths", type=_numbers, default=WIDTHS)
+    one.add_argument("--rows", type=_numbers, default=(1, 4, 16, 64, 256, 1024))
+    return parser
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -89,204 +101,92 @@ def _chosen(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     return choose
 
 
-def _measuring(parser: argparse.ArgumentParser, budget: int) -> None:
-    parser.add_argument("--out", type=Path, default=Path("gatefuse-bench"), metavar="DIR")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="default: the GPU if there is one"
-    )
-    parser.add_argument("--time-budget", type=float, default=budget, metavar="SECONDS")
-    parser.add_argument("--processes", type=int, help="that compile; one at a time measures")
-    parser.add_argument("--quick", action="store_true", help="smallest sizes: does it run?")
-
-
-def _question(
-    questions: Any, name: str, text: str, measure: Callable[..., Any], budget: int = 540
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = questions.add_parser(name, help=text, description=text)
-    _measuring(parser, budget)
-    parser.set_defaults(measure=measure)
-    return parser
-
-
-def _grid(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--chains", type=_chosen(grid.FAMILIES))
-    parser.add_argument("--widths", type=_numbers)
-    parser.add_argument("--rows", type=_numbers)
-    parser.add_argument("--modes", type=_chosen(grid.MODES))
-    parser.add_argument("--dtypes", type=_chosen(DTYPES))
-
-
-def _run(args: argparse.Namespace) -> int:
-    from benchmarks.store import BenchError
-
-    try:
-        if args.check is not None:
-            return _check(args)
-        if args.report is not None:
-            return _report(args)
-        if args.update:
-            return _update()
-        return _measure(args)
-    except BenchError as error:
-        print(f"gatefuse: {error}", file=sys.stderr)
-        return 2
-
-
 def _check(args: argparse.Namespace) -> int:
-    from benchmarks import store as results
-    from benchmarks import thresholds as marks
+    from benchmarks import store, thresholds
 
-    found = results.load(args.check) if args.check else results.committed()
-    misses = marks.check(found, args.partial)
-    for miss in misses:
-        print(f"MISS {miss}" + (f"\n     {miss.reason}" if miss.reason else ""))
-    print(f"{len(misses)} marks are missed." if misses else "All marks are reached.")
-    return 1 if misses else 0
+    found = store.load(args.files) if args.files else store.committed()
+    violations = thresholds.check(found, args.partial)
+    for one in violations:
+        print(f"VIOLATION {one}" + (f"\n          {one.reason}" if one.reason else ""))
+    text = f"{len(violations)} thresholds are violated."
+    print(text if violations else "All thresholds are reached.")
+    return 1 if violations else 0
 
 
 def _report(args: argparse.Namespace) -> int:
-    from benchmarks import store as results
-    from benchmarks import tables as report
+    from benchmarks import publish, store
 
-    print("\n\n".join(report.Tables(results.load(args.report)).all()))
+    print(publish.report(store.load(args.files)))
     return 0
 
 
-def _update() -> int:
-    from benchmarks import plots
-    from benchmarks import publish as documents
-    from benchmarks import store as results
+def _publish(args: argparse.Namespace) -> int:
+    from benchmarks import plots, publish, store
 
-    root = results.checkout()
-    documents.update(root)
-    plots.draw_all(results.committed(), root / "docs" / "images")
+    for path, text in publish.published().items():
+        path.write_text(text)
+    plots.draw_all(store.committed(), store.ROOT / "docs" / "images")
     return 0
 
 
 def _measure(args: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks import store as results
-    from benchmarks import sweep
-    from benchmarks import tables as report
+    from benchmarks import publish, store
+    from gatefuse.bench.run import rounds_of
 
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif args.device == "cuda" and not torch.cuda.is_available():
-        raise results.BenchError("PyTorch finds no CUDA device here")
-    if args.processes is None:
-        args.processes = sweep.default_processes() if args.device == "cuda" else 1
-    path, code = args.measure(args)
-    found = results.load([path])
-    print(report.short(found))
-    try:
-        from benchmarks import plots
-    except ImportError:
-        print("no plots: matplotlib is not installed; pip install 'gatefuse[bench]'")
-    else:
-        plots.draw_all(found, args.out)
-    print(f"{path}: all results; `gatefuse bench --report {path}` prints every table")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BenchError("PyTorch finds no CUDA device here")
+    kernel = args.measure in (_launch_config, _sglang)
+    if kernel and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BenchError("this suite measures the Triton kernel, on a GPU only")
+    # All cores but two: what is timed still has one for itself.
+    cores = max(1, min(14, (os.cpu_count() or 1) - 2)) if device == "cuda" else 1
+    rounds, processes = rounds_of(device, args.quick), args.processes or cores
+    run = Run(device, rounds, args.quick, args.out, processes, args.time_budget)
+    path, code = args.measure(args, run)
+    print(publish.report(store.load([path])))
+    print(f"{path}: all results; `python -m benchmarks report {path}` prints the tables")
     return int(code)
 
 
-def _setting(args: argparse.Namespace) -> Any:
-    from benchmarks.sweep import Setting
+def _workloads(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
+    from benchmarks import run_workloads
 
-    # The CPU has other things to do as well: more samples.
-    rounds = 3 if args.quick else 25 if args.device == "cuda" else 50
-    return Setting(args.device, rounds, small=args.quick)
-
-
-def _cells(args: argparse.Namespace, grids: Iterable[grid.Grid]) -> list[grid.Cell]:
-    import dataclasses
-
-    given = {
-        "families": args.chains,
-        "widths": args.widths,
-        "rows": args.rows,
-        "modes": args.modes,
-        "dtypes": args.dtypes,
-    }
+    given = {n: getattr(args, n) for n in ("workloads", "widths", "rows", "modes", "dtypes")}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.quick:
         changes = {"widths": (128,), "rows": (2, 64), **changes}
-    return [cell for g in grids for cell in dataclasses.replace(g, **changes).cells()]
+    names = args.grid or (("main",) if run.device == "cuda" else ("cpu",))
+    grids = [dataclasses.replace(grid.GRIDS[n], device=run.device, **changes) for n in names]
+    return run_workloads.run([case for one in grids for case in one.cases()], run)
 
 
-def _short(args: argparse.Namespace) -> tuple[Path, int]:
-    from benchmarks import run_workloads as core
+def _modules(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
+    from benchmarks import run_modules
 
-    cells = grid.SHORT["gpu" if args.device == "cuda" else "cpu"].cells()
-    return core.run(cells, _setting(args), args.out, args.processes, args.time_budget)
-
-
-def _core(args: argparse.Namespace) -> tuple[Path, int]:
-    from benchmarks import run_workloads as core
-
-    cells = _cells(args, [grid.GRIDS[name] for name in args.grid])
-    return core.run(cells, _setting(args), args.out, args.processes, args.time_budget)
+    rows = args.rows or ((4, 300) if args.quick else grid.MODULE_ROWS)
+    return run_modules.run(grid.module_cases(args.models, args.parts, rows, args.modes), run)
 
 
-def _cpu(args: argparse.Namespace) -> tuple[Path, int]:
-    from benchmarks import run_workloads as core
+def _host(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
+    from benchmarks import run_host
 
-    args.device = "cpu"
-    cells = _cells(args, [grid.CPU_GRID])
-    return core.run(cells, _setting(args), args.out, args.processes, args.time_budget)
+    return run_host.run(args.workloads, args.width, args.rows, args.modes, run)
 
 
-def _blocks(args: argparse.Namespace) -> tuple[Path, int]:
-    from benchmarks import run_modules as blocks
+def _launch_config(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
+    from benchmarks import run_launch_config
 
-    rows = args.rows or ((4, 300) if args.quick else grid.BLOCK_ROWS)
-    cells = grid.block_cells(args.models, args.parts, rows, args.modes)
-    return blocks.run(cells, _setting(args), args.out, args.processes, args.time_budget)
+    return run_launch_config.run(args.widths, args.rows, args.dtypes, run)
 
 
-def _host(args: argparse.Namespace) -> tuple[Path, int]:
-    from benchmarks import run_host as host
+def _sglang(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
+    from benchmarks import run_sglang
 
-    repeats = host.Repeats(3, 1, 1) if args.quick else host.Repeats()
-    return host.run(
-        args.chains,
-        args.width,
-        args.rows,
-        args.modes,
-        args.device,
-        args.out,
-        repeats,
-        args.time_budget,
-    )
+    return run_sglang.run(args.widths, args.rows, run)
 
 
-def _launch_rule(args: argparse.Namespace) -> tuple[Path, int]:
-    from benchmarks import run_launch_config as launch_rule
-
-    _needs_cuda(args, "launch-rule")
-    return launch_rule.run(
-        args.widths,
-        args.rows,
-        args.dtypes,
-        _setting(args),
-        args.out,
-        args.processes,
-        args.time_budget,
-    )
-
-
-def _peer(args: argparse.Namespace) -> tuple[Path, int]:
-    from benchmarks import run_sglang as peer
-
-    _needs_cuda(args, "peer")
-    return peer.run(
-        args.widths, args.rows, _setting(args), args.out, args.processes, args.time_budget
-    )
-
-
-def _needs_cuda(args: argparse.Namespace, question: str) -> None:
-    import os
-
-    from benchmarks.store import BenchError
-
-    if args.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BenchError(f"{question} measures the Triton kernel, on a GPU only")
+if __name__ == "__main__":
+    sys.exit(main())

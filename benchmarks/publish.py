@@ -1,8 +1,4 @@
-"""Writes the tables of README.md and docs/ from the committed results.
-
-A document has places ``<!-- results: NAME -->`` ... ``<!-- /results -->``, each filled by the
-function of that name here.
-"""
+"""Writes ``benchmarks/RESULTS.md``, the summary in README.md and the plots from results."""
 
 from __future__ import annotations
 
@@ -10,36 +6,46 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import grid
-from benchmarks import store as results
-from benchmarks.store import EAGER, GATEFUSE, INDUCTOR, LIMIT, ArmKey
-from benchmarks.tables import ARMS, CHAINS, Shown, Tables, provenance
-from benchmarks.thresholds import Miss, losses, missing, missing_of
+import pandas as pd
+
+from benchmarks import grid, store
+from benchmarks.grid import WORKLOADS
+from benchmarks.store import CASE, ROOT, Results
+from benchmarks.tables import GATEFUSE, INDUCTOR, Tables, markdown, provenance
+from benchmarks.thresholds import Violation, missing
 from benchmarks.vllm import tables as vllm_tables
 
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/vllm.md")
-_PLACE = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+README_PLACE = re.compile(r"(<!-- results: summary -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+HEAD = """# Results
+
+Written by `python -m benchmarks publish` from the committed files in [results](results). How they
+are measured and what they say: [docs/performance.md](../docs/performance.md), for engines of vLLM
+[docs/vllm.md](../docs/vllm.md).
+
+N is the number of tokens, H the width; times are medians, with the 10th and the 90th percentile in
+parentheses. A number with † violates a threshold of [thresholds.py](thresholds.py). With ‡ gatefuse
+left the gate alone there, because fusing it does not pay.
+"""
 
 
-def update(root: Path) -> None:
-    """Fill every place of every document below ``root``."""
-    for path, text in rendered(root).items():
-        path.write_text(text)
+def report(results: Results) -> str:
+    """All tables of ``results``, by section."""
+    tables, parts = Tables(results), []
+    for title, section in SECTIONS.items():
+        if found := [part for part in section(tables) if part]:
+            parts += [f"## {title}", *found]
+    return "\n\n".join(parts) + "\n"
 
 
-def rendered(root: Path) -> dict[Path, str]:
-    """The documents as they should be."""
-    tables = Tables(results.committed())
-
-    def fill(place: re.Match[str]) -> str:
-        parts = [part for part in SECTIONS[place["name"]](tables) if part]
-        text = "\n\n".join(parts) or "Not measured yet."
-        return f"{place[1]}\n{text}\n\n{place[3]}"
-
+def published() -> dict[Path, str]:
+    """The generated documents as they should be."""
+    results = store.committed()
+    readme = ROOT / "README.md"
+    text = "\n\n".join(summary(Tables(results)))
     return {
-        path: _PLACE.sub(fill, path.read_text())
-        for path in (root / name for name in DOCUMENTS)
-        if path.exists()
+        ROOT / "benchmarks" / "RESULTS.md": f"{HEAD}\n{report(results)}",
+        readme: README_PLACE.sub(lambda m: f"{m[1]}\n{text}\n\n{m[2]}", readme.read_text()),
     }
 
 
@@ -49,163 +55,91 @@ def measured_on(tables: Tables, *kinds: str) -> str:
     return "; ".join(dict.fromkeys(lines)) + "." if lines else ""
 
 
-README_ARMS: tuple[ArmKey, ...] = (
-    ("eager", "-"),
-    INDUCTOR,
-    ("inductor", "max-autotune"),
-    ("inductor", "coordinate-descent"),
-    GATEFUSE,
-    LIMIT,
-)
-
-
 def summary(tables: Tables) -> list[str]:
-    """Of README.md: one width, the arms a user would choose from."""
-    parts = [measured_on(tables, "core")]
-    for chain in grid.MAIN:
-        keys = tables.keys(chain, grid.WIDTHS[0])
-        if not keys:
-            continue
-        lines: list[Shown] = [(ARMS[arm], tables.time(arm)) for arm in README_ARMS]
-        if chain == "glue":
-            lines += [
-                (f"cost of the gate: {ARMS[arm]}", tables.cost(arm)) for arm in (INDUCTOR, GATEFUSE)
-            ]
-        parts += [f"{CHAINS[chain]}, H = {grid.WIDTHS[0]}, µs:", tables.by_rows(keys, lines)]
-    return [*parts, *tables.host_calls((EAGER, INDUCTOR, GATEFUSE)), counts(tables)]
-
-
-def counts(tables: Tables) -> str:
-    """How many marks are missed."""
+    """Of README.md: one width, gatefuse and Inductor in their default mode."""
+    pair, H = (INDUCTOR, GATEFUSE), grid.WIDTHS[0]
+    rows = {
+        "the gate alone": tables.lines(tables.select("mul", H), "time", pair),
+        "in a layer's glue": tables.lines(tables.select("glue", H), "time", pair),
+        "cost of the gate there": tables.lines(tables.select("glue", H), "cost", pair),
+    }
+    table = pd.concat([t.rename(lambda p, w=w: f"{w}: {p}") for w, t in rows.items()])
     found = tables.results
-    modules = {(key, mode) for key, arms in found.blocks.items() for _, mode in arms}
-    measured = len(found.cells) + len(modules)
-    text = f"{len(tables.misses)} marks are missed (†) in {measured} measured cells"
+    modules = found.modules.drop_duplicates(["model", "part", "tokens", "mode"])
+    measured = len(found.cases.drop_duplicates(CASE)) + len(modules)
+    violated = sum(not (v.reported and v.reason) for v in tables.violations)
+    text = f"{violated} thresholds are violated (†) in {measured} measured cases"
     if lacking := len(missing(found)):
         text += f", and {lacking} are not measured yet"
-    return f"{text}: [why](docs/performance.md#what-misses-its-mark-and-why)."
+    return [
+        f"µs, H = {H}; {measured_on(tables, 'workloads')}",
+        markdown(table),
+        f"{text}: [all tables, and why](benchmarks/RESULTS.md#violated-thresholds).",
+    ]
 
 
-def misses(tables: Tables) -> list[str]:
-    """Every miss, by its reason."""
-    return _by_reason(miss for miss in tables.misses if miss not in losses(tables.results))
+def violated(tables: Tables) -> list[str]:
+    """Every violation, by its reason."""
+    return _by_reason(v for v in tables.violations if not v.reported)
 
 
-def lost(tables: Tables) -> list[str]:
-    """Where another arm is faster in the glue, by its reason."""
-    return _by_reason(losses(tables.results))
+def slower_than_another(tables: Tables) -> list[str]:
+    """Where another provider is faster in the glue, by its reason."""
+    found = [v for v in tables.violations if v.reported]
+    intro = "gatefuse in Inductor's default mode against the best of all providers, tuned ones too:"
+    return [intro, *_by_reason(found)] if found else []
 
 
-def _by_reason(found: Iterable[Miss]) -> list[str]:
+def _by_reason(found: Iterable[Violation]) -> list[str]:
     lines: dict[str, list[str]] = {}
-    for miss in found:
-        lines.setdefault(miss.reason or "Not explained yet.", []).append(f"- {miss}")
-    parts = [part for reason in lines for part in ("\n".join(lines[reason]), f"*{reason}*")]
-    return parts or ["None."]
+    for violation in found:
+        lines.setdefault(violation.reason or "Not explained yet.", []).append(f"- {violation}")
+    return [part for reason in lines for part in ("\n".join(lines[reason]), f"*{reason}*")]
 
 
 def unmeasured(tables: Tables) -> list[str]:
-    """What the committed results lack, by part."""
-    lines = []
-    parts = {**grid.GRIDS, "cpu": grid.CPU_GRID}
-    for name, one in parts.items():
-        cells = one.cells()
-        total = len({key for cell in cells for key, _ in cell.measured()})
-        lacking = missing_of(tables.results, cells)
-        whole = sum(not arms for _, arms in lacking)
-        if whole:
-            lines.append(f"- {name}: {whole} of {total} chains and sizes")
-        if len(lacking) > whole:
-            lines.append(f"- {name}: arms or hot inputs of {len(lacking) - whole} chains and sizes")
-    total = len(grid.block_cells())
-    lacking_blocks = sum(
-        ("gatefuse-auto", cell.mode) not in tables.results.blocks.get(cell.key, {})
-        for cell in grid.block_cells()
-    )
-    if lacking_blocks:
-        lines.append(f"- blocks: {lacking_blocks} of {total} modules, sizes and modes")
-    lines += [f"- {cell}{what}" for cell, what in missing(tables.results) if cell == "host"]
-    return ["\n".join(lines) or "Nothing."]
+    if tables.results.headers.keys() < {"workloads", "cpu", "modules", "host"}:
+        return []  # of a part no more is expected
+    return ["\n".join(f"- {case}{what}" for case, what in missing(tables.results)) or "Nothing."]
 
 
 def main_tables(tables: Tables) -> list[str]:
-    """Every arm at both widths, with the spread."""
-    parts = [measured_on(tables, "core")]
-    for chain in grid.MAIN:
-        for H in grid.WIDTHS:
-            parts += tables.times(chain, H, spread=True)
-    return parts
+    found = [p for w in WORKLOADS for H in tables.widths for p in tables.times(w, H)]
+    return [measured_on(tables, "workloads"), *found] if found else []
 
 
 def alone(tables: Tables) -> list[str]:
-    """Hot inputs, bandwidth, the best known kernel."""
-    return [part for c in ("mul", "add") for H in grid.WIDTHS for part in tables.alone(c, H)]
+    return [part for w in ("mul", "add") for H in tables.widths for part in tables.alone(w, H)]
 
 
-def peer(tables: Tables) -> list[str]:
-    """The op beside the best known kernel."""
-    return [measured_on(tables, "peer"), *tables.beside_peer()]
+def costs(workloads: Iterable[str]) -> Callable[[Tables], list[str]]:
+    return lambda t: [p for w in workloads for H in t.widths for p in t.gate_costs(w, H)]
 
 
-def gate_cost(tables: Tables) -> list[str]:
-    """Of the main chain, all arms."""
-    return [part for H in grid.WIDTHS for part in tables.gate_costs("glue", H)]
+def ratios(name: str, values: dict[str, str]) -> Callable[[Tables], list[str]]:
+    """gatefuse over Inductor for each value of a column, with its title."""
+
+    def section(tables: Tables) -> list[str]:
+        parts = []
+        for value, title in values.items():
+            found = [p for w in WORKLOADS for p in tables.ratios(w, **{name: value})]
+            parts += [title, *found] if found else []
+        return parts
+
+    return section
 
 
-def variants(tables: Tables) -> list[str]:
-    """Cost of the gate with other neighbours."""
-    return [p for c in grid.VARIANTS for H in grid.WIDTHS for p in tables.gate_costs(c, H)]
+def _on(kind: str, section: Callable[[Tables], list[str]]) -> Callable[[Tables], list[str]]:
+    """A section that begins with what it was measured on."""
 
+    def with_header(tables: Tables) -> list[str]:
+        found = section(tables)
+        return [measured_on(tables, kind), *found] if found else []
 
-def _ratios(tables: Tables, **where: str) -> list[str]:
-    parts = []
-    for chain in grid.MAIN:
-        body = tables.by_width(chain, tables.ratio(GATEFUSE, INDUCTOR), **where)
-        parts += [f"{CHAINS[chain]}:", body] if body else []
-    return parts
-
-
-def widths(tables: Tables) -> list[str]:
-    """All widths."""
-    return _ratios(tables)
-
-
-def dtypes(tables: Tables) -> list[str]:
-    """float16 and float32."""
-    parts = []
-    for dtype in grid.GRIDS["dtypes"].dtypes:
-        found = _ratios(tables, dtype=dtype)
-        parts += [f"{dtype}:", *found] if found else []
-    return parts
-
-
-def dynamic(tables: Tables) -> list[str]:
-    """Symbolic rows, and symbolic rows and width."""
-    parts = []
-    what = {"dynamic-rows": "Symbolic rows:", "dynamic": "Symbolic rows and width:"}
-    for shapes, title in what.items():
-        found = _ratios(tables, shapes=shapes)
-        parts += [title, *found] if found else []
-    return parts
-
-
-def blocks(tables: Tables) -> list[str]:
-    """Modules of transformers."""
-    return [measured_on(tables, "blocks"), *tables.blocks()]
-
-
-def host(tables: Tables) -> list[str]:
-    """Host time, compile time, import."""
-    return [measured_on(tables, "host"), *tables.host_calls(), *tables.compiles()]
-
-
-def cpu(tables: Tables) -> list[str]:
-    """The CPU."""
-    return [measured_on(tables, "cpu"), *tables.cpu()]
+    return with_header
 
 
 def engines(tables: Tables) -> list[str]:
-    """vLLM."""
     parts = []
     for content in tables.results.engines:
         what = f"**{vllm_tables.title(content)}** ({provenance(content['header'])})"
@@ -214,20 +148,23 @@ def engines(tables: Tables) -> list[str]:
 
 
 SECTIONS: dict[str, Callable[[Tables], list[str]]] = {
-    "summary": summary,
-    "misses": misses,
-    "losses": lost,
-    "unmeasured": unmeasured,
-    "main": main_tables,
-    "alone": alone,
-    "peer": peer,
-    "gate-cost": gate_cost,
-    "variants": variants,
-    "widths": widths,
-    "dtypes": dtypes,
-    "dynamic": dynamic,
-    "blocks": blocks,
-    "host": host,
-    "cpu": cpu,
-    "engines": engines,
+    "Violated thresholds": violated,
+    "Slower than another provider in the glue": slower_than_another,
+    "Every provider": main_tables,
+    "The gate alone": alone,
+    "Beside the best known kernel": _on("sglang", Tables.beside_sglang),
+    "What the gate costs in a layer's glue": costs(["glue"]),
+    "With other neighbours": costs(grid.VARIANTS),
+    "Other widths: gatefuse over Inductor": ratios("dtype", {grid.DTYPE: ""}),
+    "Other dtypes: gatefuse over Inductor": ratios(
+        "dtype", {dtype: f"{dtype}:" for dtype in grid.GRIDS["dtypes"].dtypes}
+    ),
+    "Symbolic sizes: gatefuse over Inductor": ratios(
+        "shapes", {"dynamic-rows": "Symbolic rows:", "dynamic": "Symbolic rows and width:"}
+    ),
+    "Modules of transformers": _on("modules", Tables.modules),
+    "Host and compile time": _on("host", lambda t: [*t.host_calls(), *t.compiles()]),
+    "CPU": _on("cpu", Tables.cpu),
+    "Engines of vLLM": engines,
+    "Not measured yet": unmeasured,
 }

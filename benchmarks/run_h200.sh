@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Measures everything on one GPU, in phases that each end within BUDGET seconds (default 530), the
-# most telling cells first. From anywhere; nothing else may use the machine:
+# most telling cases first. From anywhere; nothing else may use the machine:
 #
 #     benchmarks/run_h200.sh OUT PHASE...
 #
-#     1  core, main grid: every arm and mode, both widths
-#     2  core, the other grids: symbolic sizes, variants, widths, dtypes
+#     1  workloads, main grid: every provider and mode, both widths
+#     2  workloads, the other grids: symbolic sizes, variants, widths, dtypes
 #     3  host and compile time
 #     4  the kernel: its launch rule, and beside SGLang's if sglang can be found (its sources are
 #        enough)
@@ -13,8 +13,8 @@
 #     6  and Qwen3-Next's
 #
 # The times that a phase prints are estimates for an H200 with 16 cores; BUDGET holds. A process that
-# is in a cell when the time is over is given 15 s.
-# Result files in OUT are written after each cell, so that a phase that is cut off leaves what it
+# is in a case when the time is over is given 15 s.
+# Result files in OUT are written after each case: a phase that is cut off leaves what it
 # measured. PYTHON and DEVICE choose the interpreter and the device; QUICK=1 runs toy sizes:
 #
 #     QUICK=1 DEVICE=cpu benchmarks/run_h200.sh OUT 1 2 3 5 6     # 4 needs TRITON_INTERPRET=1 as well
@@ -27,12 +27,12 @@ export PYTHONUNBUFFERED=1
 device="${DEVICE:-cuda}"
 status=0
 
-# measure SHARE ARGUMENTS...: a question, with SHARE percent of what is left of the phase's time.
+# measure SHARE ARGUMENTS...: a suite, with SHARE percent of what is left of the phase's time.
 measure() {
     local left=$(((${BUDGET:-530} - (SECONDS - begun)) * $1 / 100))
     shift
     echo "=== $* ($SECONDS s; $left s at most)"
-    "${PYTHON:-python3}" -m gatefuse bench "$@" --out "$out" --device "$device" \
+    "${PYTHON:-python3}" -m benchmarks "$@" --out "$out" --device "$device" \
         --time-budget "$left" ${QUICK:+--quick} 2> >(tee -a "$out/run.log" >&2)
     local code=$?
     [ "$code" -eq 0 ] || { echo "=== $1 ended with $code"; status=1; }
@@ -43,11 +43,11 @@ for phase in "$@"; do
     case "$phase" in
         1)
             echo "=== phase 1, about 420 s"
-            measure 100 core --grid main
+            measure 100 workloads --grid main
             ;;
         2)
             echo "=== phase 2, about 300 s"
-            measure 100 core --grid dynamic,variants,widths,dtypes
+            measure 100 workloads --grid dynamic,variants,widths,dtypes
             ;;
         3)
             echo "=== phase 3, about 200 s"
@@ -55,18 +55,18 @@ for phase in "$@"; do
             ;;
         4)
             echo "=== phase 4, about 150 s"
-            measure 50 launch-rule --dtypes bfloat16
-            if "${PYTHON:-python3}" -c 'from gatefuse.bench import peer; peer.load()' 2>/dev/null; then
-                measure 100 peer
+            measure 50 launch-config --dtypes bfloat16
+            if "${PYTHON:-python3}" -c 'from benchmarks import run_sglang; run_sglang.load()' 2>/dev/null; then
+                measure 100 sglang
             fi
             ;;
         5)
             echo "=== phase 5, about 400 s"
-            measure 100 blocks --models qwen2_moe
+            measure 100 modules --models qwen2_moe
             ;;
         6)
             echo "=== phase 6, about 400 s"
-            measure 100 blocks --models qwen3_next
+            measure 100 modules --models qwen3_next
             ;;
         *)
             echo "unknown phase: $phase" >&2
@@ -75,6 +75,6 @@ for phase in "$@"; do
     esac
 done
 
-echo "=== marks (${SECONDS} s)"
-"${PYTHON:-python3}" -m gatefuse bench --check "$out"/*.json --partial | tee "$out/marks.txt" || status=1
+echo "=== thresholds (${SECONDS} s)"
+"${PYTHON:-python3}" -m benchmarks check "$out"/*.json --partial | tee "$out/violations.txt" || status=1
 exit "$status"

@@ -2,22 +2,23 @@
 
 Run it with nothing else on the machine. Rows of the result file, by ``what``:
 
-- ``call``: host time per call at a size where the host is the bottleneck, by chain, arm and mode.
+- ``call``: host time per call at a size where the host is the bottleneck.
 - ``import``: ``import gatefuse`` in a process that has imported torch.
-- ``compile``: the first call of a chain in an empty cache and in one that holds its code, and the
-  part of gatefuse's pass in it.
+- ``compile``: the first call of a workload in an empty cache and in one that has its code, and
+  the part of gatefuse's pass in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import itertools
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,12 +27,13 @@ import torch
 import torch._dynamo.config
 from torch._inductor.utils import fresh_cache
 
-from benchmarks import store as results
-from benchmarks.grid import DTYPE, Arm, arms_of
-from benchmarks.run_workloads import Reference, columns, compile_arm, function_of
-from benchmarks.store import Row
+import gatefuse
+from benchmarks.grid import DTYPE, Provider
+from benchmarks.sweep import Row, Run
 from gatefuse import report
-from gatefuse.bench.timing import host_times
+from gatefuse.bench.cases import providers_of
+from gatefuse.bench.measure import checker, compile_provider, function_of, fusion_facts
+from gatefuse.bench.timing import columns
 from gatefuse.bench.workloads import make_set
 from gatefuse.inductor.fusion_pass import GateFusionPass
 
@@ -43,36 +45,60 @@ print((time.perf_counter() - begin) * 1e3, int(torch.cuda.is_initialized()))
 """
 
 
+def host_times(
+    calls: dict[Provider, Callable[[], Any]], device: str, batch: int = 64, rounds: int = 50
+) -> dict[Provider, Row]:
+    """Host time per call without CUDA graphs: the wall clock over batches of ``batch`` calls.
+
+    The device is synchronised after each batch, outside the timed region, and a batch is far
+    shorter than the launch queue: the host never waits for the device, which is meaningful as long
+    as a call takes the device less time than the host.
+    """
+    samples: dict[Provider, list[float]] = {key: [] for key in calls}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for round_ in range(rounds + 2):  # the first two are thrown away
+            for key, call in calls.items():
+                begin = time.perf_counter()
+                for _ in range(batch):
+                    call()
+                elapsed = time.perf_counter() - begin
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                if round_ >= 2:
+                    samples[key].append(elapsed * 1e6 / batch)
+    finally:
+        if collecting:
+            gc.enable()
+    return {key: columns(samples[key], batch) for key in calls}
+
+
 def call_rows(
-    chain: str, H: int, N: int, modes: Sequence[str], device: str, rounds: int
+    workload: str, H: int, N: int, modes: Sequence[str], device: str, rounds: int
 ) -> list[Row]:
-    """Host time per call of each arm of ``chain``; wrong arms are not timed."""
+    """Host time per call of each provider of ``workload``; wrong ones are not timed."""
     torch._dynamo.reset()
-    hint = make_set(chain, H, N, getattr(torch, DTYPE), device)
+    hint = make_set(workload, H, N, getattr(torch, DTYPE), device)
     module, inputs = hint
-    reference = Reference.of(module, inputs)
-    rows: dict[Arm, Row] = {}
-    calls: dict[Arm, Callable[[], Any]] = {}
-    for arm in arms_of(chain, modes, static=True):
-        if arm.name == "limit" or arm.draw:
+    check = checker(module, inputs)
+    rows: dict[Provider, Row] = {}
+    calls: dict[Provider, Callable[[], Any]] = {}
+    for provider in providers_of(workload, modes, static=True, device="cuda"):
+        if provider.name == "roofline" or provider.draw:
             continue
-        run = compile_arm(arm, "static", hint, hint)
-        rows[arm] = {"what": "call", "chain": chain, "arm": arm.name, "mode": arm.mode}
-        rows[arm] |= {"H": H, "N": N, **run.facts}
+        run = compile_provider(provider, hint)
+        row = {"what": "call", "workload": workload, "provider": provider.name}
+        rows[provider] = row | {"mode": provider.mode, "H": H, "N": N, **run.facts}
         try:
             if run.error is not None:
                 raise RuntimeError(run.error)
-            reference.check(run.function(module, *inputs))
+            check(run.function(module, *inputs))
+            calls[provider] = functools.partial(run.function, module, *inputs)
         except Exception as error:
-            rows[arm]["error"] = str(error)
-            continue
-
-        def call(function: Callable[..., Any] = run.function) -> Any:
-            return function(module, *inputs)
-
-        calls[arm] = call
-    for arm, timing in host_times(calls, device, rounds=rounds).items():
-        rows[arm] |= columns(timing)
+            rows[provider]["error"] = str(error)
+    for provider, timing in host_times(calls, device, rounds=rounds).items():
+        rows[provider] |= timing
     return list(rows.values())
 
 
@@ -80,61 +106,50 @@ def import_row(repeats: int) -> Row:
     """Time of ``import gatefuse`` after ``import torch``, each in a new process."""
     times, cuda = [], 0
     for _ in range(repeats + 1):  # the first writes the byte code
-        process = subprocess.run(
-            [sys.executable, "-c", IMPORT_PROGRAM],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=results.ROOT,
-        )
+        command, root = [sys.executable, "-c", IMPORT_PROGRAM], Path(__file__).parents[1]
+        process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
         milliseconds, initialised = process.stdout.split()
         times.append(float(milliseconds))
         cuda += int(initialised)
-    return {
-        "what": "import",
-        "median_ms": round(statistics.median(times[1:]), 2),
-        "initialises_cuda": bool(cuda),
-        "repeats": repeats,
-    }
+    median_ms = round(statistics.median(times[1:]), 2)
+    row = {"what": "import", "median_ms": median_ms, "initialises_cuda": bool(cuda)}
+    return row | {"repeats": repeats}
 
 
-def compile_rows(chain: str, H: int, N: int, device: str, repeats: int) -> list[Row]:
+def compile_rows(workload: str, H: int, N: int, device: str, repeats: int) -> list[Row]:
     """Time of the first call with Inductor alone and with gatefuse, alternately: in an empty
     cache, then, after Dynamo forgot it, in the cache that this filled."""
-    arms = [Arm(chain, "inductor", "default"), Arm(chain, "gatefuse-auto", "default")]
-    module, inputs = make_set(chain, H, N, getattr(torch, DTYPE), device)
-    seconds: dict[tuple[Arm, str], list[float]] = {}
-    pass_ms: dict[tuple[Arm, str], list[float]] = {}
-    for repeat in range(repeats + 1):  # the first loads what any compile needs
-        for arm in arms:
-            with fresh_cache():
-                for cache in ("cold", "warm"):
-                    torch._dynamo.reset()
-                    function = function_of(arm, dynamic=False)
-                    with timed_pass() as spent:
-                        begin = time.perf_counter()
-                        function(module, *inputs)
-                        if device == "cuda":
-                            torch.cuda.synchronize()
-                        elapsed = time.perf_counter() - begin
-                    if repeat > 0:
-                        seconds.setdefault((arm, cache), []).append(elapsed)
-                        pass_ms.setdefault((arm, cache), []).append(sum(spent) * 1e3)
-    return [
-        {
-            "what": "compile",
-            "chain": chain,
-            "arm": arm.name,
-            "mode": arm.mode,
-            "cache": cache,
-            "median_s": round(statistics.median(times), 4),
-            "min_s": round(min(times), 4),
-            "max_s": round(max(times), 4),
-            "pass_ms": round(statistics.median(pass_ms[arm, cache]), 3),
-            "repeats": repeats,
-        }
-        for (arm, cache), times in seconds.items()
-    ]
+    providers = [Provider(workload, name, "default") for name in ("inductor", "gatefuse-auto")]
+    module, inputs = make_set(workload, H, N, getattr(torch, DTYPE), device)
+    samples: dict[tuple[Provider, str], list[tuple[float, float]]] = {}
+    facts: dict[Provider, Row] = {}
+    for repeat, provider in itertools.product(range(repeats + 1), providers):
+        with fresh_cache():
+            for cache in ("cold", "warm"):
+                torch._dynamo.reset()
+                function = function_of(provider)
+                with timed_pass() as spent, gatefuse.record() as found:
+                    begin = time.perf_counter()
+                    function(module, *inputs)
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    sample = (time.perf_counter() - begin, sum(spent) * 1e3)
+                if repeat > 0:  # the first loads what any compile needs
+                    samples.setdefault((provider, cache), []).append(sample)
+                elif cache == "cold":
+                    try:
+                        facts[provider] = fusion_facts(found, provider.gates)
+                    except RuntimeError as error:
+                        facts[provider] = {"error": f"compile: {error}"[:500]}
+    rows = []
+    for (provider, cache), of in samples.items():
+        seconds, pass_ms = zip(*of)
+        row = {"what": "compile", "workload": workload, "provider": provider.name}
+        row |= {"mode": provider.mode, "cache": cache, "repeats": repeats, **facts[provider]}
+        for name, value in (("median", statistics.median), ("min", min), ("max", max)):
+            row[f"{name}_s"] = round(value(seconds), 4)
+        rows.append(row | {"pass_ms": round(statistics.median(pass_ms), 3)})
+    return rows
 
 
 @contextlib.contextmanager
@@ -159,50 +174,35 @@ def timed_pass() -> Iterator[list[float]]:
         yield spent
 
 
-@dataclass(frozen=True)
-class Repeats:
-    """How often each is measured: rounds of calls, imports, compiles."""
-
-    calls: int = 50
-    imports: int = 3
-    compiles: int = 5
-
-
 def run(
-    chains: Sequence[str],
-    H: int,
-    N: int,
-    modes: Sequence[str],
-    device: str,
-    out: Path,
-    repeats: Repeats,
-    time_budget: float,
+    workloads: Sequence[str], H: int, N: int, modes: Sequence[str], run: Run
 ) -> tuple[Path, int]:
-    """Measure all; the most telling first. Returns the result file and an exit code: 1 if an arm
-    failed, 2 if the time was over before all was measured."""
+    """Measure all; the most telling first. Returns the result file and an exit code: 1 if a
+    provider failed, 2 if the time was over before all was measured."""
+    from benchmarks import store
+
+    rounds, imports, repeats = (3, 1, 1) if run.small else (50, 3, 5)
     begin = time.monotonic()
-    path = results.new_path(out, "host")
+    path = store.new_path(run.out, "host")
+    header = store.header(run.device, sys.argv[1:])
     rows: list[Row] = []
-    header = results.header(device, sys.argv[1:])
-    content = {"kind": "host", "header": header, "rows": rows}
-    results.write(path, content)
     torch._dynamo.config.recompile_limit = 64
 
-    def calls(chain: str) -> list[Row]:
+    def calls(workload: str) -> list[Row]:
         with fresh_cache():
-            return call_rows(chain, H, N, modes, device, repeats.calls)
+            return call_rows(workload, H, N, modes, run.device, rounds)
 
-    def compiles(chain: str) -> list[Row]:
-        return compile_rows(chain, H, N, device, repeats.compiles)
+    def compiles(workload: str) -> list[Row]:
+        return compile_rows(workload, H, N, run.device, repeats)
 
-    works: list[Callable[[], list[Row]]] = [lambda: [import_row(repeats.imports)]]
-    works += [functools.partial(work, chain) for work in (compiles, calls) for chain in chains]
+    works: list[Callable[[], list[Row]]] = [lambda: [import_row(imports)]]
+    works += [functools.partial(work, w) for work in (compiles, calls) for w in workloads]
     with torch.no_grad():
         for done, work in enumerate(works):
-            if time.monotonic() - begin > time_budget:
+            if time.monotonic() - begin > run.time_budget:
                 print(f"{len(works) - done} of {len(works)} parts not run", file=sys.stderr)
                 return path, 2
             rows += work()
-            results.write(path, content)
+            store.write(path, {"kind": "host", "header": header, "rows": rows})
             print(f"{time.monotonic() - begin:5.0f} s  {rows[-1]}", file=sys.stderr, flush=True)
     return path, 1 if any("error" in row for row in rows) else 0

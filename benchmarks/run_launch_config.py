@@ -16,18 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import BaseFileLock
+from torch import Tensor
 
-from benchmarks.run_workloads import release_memory
-from benchmarks.store import Row
-from benchmarks.sweep import Setting, sweep
-from benchmarks.workers import DeviceLock
+from benchmarks.sweep import Row, Run, rotated, sweep
 from gatefuse import kernels
-from gatefuse.bench.timing import Replay, interleaved, plan
+from gatefuse.bench.measure import checker
+from gatefuse.bench.timing import plan
+from gatefuse.bench.workloads import InputSet, bytes_of, make_set
 from gatefuse.kernels import LaunchConfig, launch_config
+
+CHECKED = 3  # rows
 
 
 @dataclass(frozen=True)
-class RuleCell:
+class LaunchCase:
     """A unit of work: all configurations at one width, without or with dependent launch."""
 
     H: int
@@ -45,92 +48,52 @@ def configurations(width: int) -> Iterator[LaunchConfig]:
                 yield LaunchConfig(block, block, warps)
 
 
-def variants(cell: RuleCell, N: int) -> list[LaunchConfig]:
+def variants(case: LaunchCase, N: int) -> list[LaunchConfig]:
     """The configurations, and all else as the rule has it."""
-    itemsize = getattr(torch, cell.dtype).itemsize
-    rule = launch_config(N, cell.H, cell.H, itemsize, addend=True, dependent=cell.pdl)
+    itemsize = getattr(torch, case.dtype).itemsize
+    rule = launch_config(N, case.H, case.H, itemsize, addend=True, dependent=case.pdl)
     return [
         config._replace(trigger_first=rule.trigger_first, evict_first=rule.evict_first)
-        for config in configurations(cell.H)
+        for config in configurations(case.H)
     ]
 
 
-def run_cell(setting: Setting, cell: RuleCell, lock: DeviceLock) -> list[Row]:
+def launch(case: LaunchCase, config: LaunchConfig, one: InputSet) -> Tensor:
+    """The kernel's result in a configuration."""
+    module, (x, v, a) = one
+    out, pdl = torch.empty_like(x), case.pdl
+    kernels.launch(x, module.gate.weight, v, None, a, out, config=config, pdl=pdl, weight_first=pdl)
+    return out
+
+
+def run_case(run: Run, case: LaunchCase, lock: BaseFileLock) -> list[Row]:
     """A result row for each configuration and number of rows."""
-    torch.manual_seed(setting.seed)
-    for N in cell.rows:  # compile, while others measure
-        for config in variants(cell, N):
-            check(cell, config, setting.device)
-    rows: list[Row] = []
-    for N in cell.rows:
-        with lock:
-            rows += measure(cell, N, setting)
-            release_memory(setting.device)
+    torch.manual_seed(0)
+    dtype, rows = getattr(torch, case.dtype), []
+    with torch.no_grad():
+        one = make_set("add", case.H, CHECKED, dtype, run.device)
+        check = checker(*one)
+        for N in case.rows:  # compile, while others measure
+            for config in variants(case, N):
+                # What the launch leaves unwritten in what it allocates is then NaN.
+                poison = [torch.full_like(one[1][0], math.nan) for _ in range(4)]
+                del poison
+                check([launch(case, config, one)])
+        for N in case.rows:
+            read, moved = bytes_of("add", case.H, N, dtype)
+            number, samples = plan(read, moved, 1, run.device)
+            calls = {c: functools.partial(launch, case, c) for c in variants(case, N)}
+            with lock:
+                sets = [make_set("add", case.H, N, dtype, run.device) for _ in range(number)]
+                timings = rotated(calls, sets, samples, run)
+                del sets
+                torch.cuda.empty_cache()
+            for config, timing in timings.items():
+                row = {"H": case.H, "N": N, "dtype": case.dtype, "pdl": case.pdl, "bytes": moved}
+                row |= {"block": config.block_h, "warps": config.num_warps}
+                row |= {"trigger_first": config.trigger_first, "evict_first": config.evict_first}
+                rows.append(row | timing)
     return rows
-
-
-def _make(cell: RuleCell, device: str, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device=device).to(getattr(torch, cell.dtype))
-
-
-def check(cell: RuleCell, config: LaunchConfig, device: str) -> None:
-    """Raise AssertionError unless the kernel is right in this configuration."""
-    x, v, a = (_make(cell, device, 3, cell.H) for _ in range(3))
-    weight = _make(cell, device, 1, cell.H) / cell.H**0.5
-    out = torch.full_like(x, math.nan)
-    kernels.launch(x, weight, v, None, a, out, config=config, pdl=cell.pdl, weight_first=cell.pdl)
-    reference = torch.sigmoid(x.double() @ weight.double().T) * v.double() + a.double()
-    eager = a + torch.sigmoid(x @ weight.T) * v
-    allowed = 2 * (eager.double() - reference).norm()
-    allowed += torch.finfo(x.dtype).eps * reference.norm()
-    if not (out.double() - reference).norm() <= allowed:
-        raise AssertionError(f"{config} is wrong: {cell}")
-
-
-def measure(cell: RuleCell, N: int, setting: Setting) -> list[Row]:
-    """One result row for each configuration."""
-    H, dtype, device = cell.H, getattr(torch, cell.dtype), setting.device
-    moved = 4 * N * H * dtype.itemsize
-    planned = plan(moved * 3 // 4, moved, 1, device)
-    sets = [
-        (*(_make(cell, device, N, H) for _ in range(3)), _make(cell, device, 1, H) / H**0.5)
-        for _ in range(planned.sets)
-    ]
-    pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
-    replays: dict[LaunchConfig, Replay] = {}
-    for config in variants(cell, N):
-
-        def call(i: int, config: LaunchConfig = config) -> tuple[torch.Tensor, ...]:
-            x, v, a, weight = sets[i % len(sets)]
-            out = torch.empty_like(x)
-            kernels.launch(
-                x, weight, v, None, a, out, config=config, pdl=cell.pdl, weight_first=cell.pdl
-            )
-            return (out,)
-
-        replays[config] = Replay(call, planned.calls, device, pool)
-    return [
-        {
-            "H": H,
-            "N": N,
-            "dtype": cell.dtype,
-            "block": config.block_h,
-            "warps": config.num_warps,
-            "pdl": cell.pdl,
-            "trigger_first": config.trigger_first,
-            "evict_first": config.evict_first,
-            "median_us": round(timing.median_us, 4),
-            "p10_us": round(timing.p10_us, 4),
-            "p90_us": round(timing.p90_us, 4),
-            "bytes": moved,
-        }
-        for config, timing in interleaved(replays, setting.rounds, device).items()
-    ]
-
-
-def failed_rows(cell: RuleCell, error: str) -> list[Row]:
-    """The rows of a cell whose process died."""
-    return [{"H": cell.H, "dtype": cell.dtype, "pdl": cell.pdl, "error": error}]
 
 
 def summary(rows: list[Row]) -> list[str]:
@@ -140,11 +103,11 @@ def summary(rows: list[Row]) -> list[str]:
     for dtype, pdl, H in dict.fromkeys((r["dtype"], r["pdl"], r["H"]) for r in rows):
         ratios = {}
         for N in dict.fromkeys(r["N"] for r in rows):
-            cell = [r for r in rows if (r["dtype"], r["pdl"], r["H"], r["N"]) == (dtype, pdl, H, N)]
-            best = min((r["median_us"] for r in cell), default=math.nan)
+            case = [r for r in rows if (r["dtype"], r["pdl"], r["H"], r["N"]) == (dtype, pdl, H, N)]
+            best = min((r["median_us"] for r in case), default=math.nan)
             itemsize = getattr(torch, dtype).itemsize
             rule = launch_config(N, H, H, itemsize, addend=True, dependent=pdl)
-            ours = [r for r in cell if (r["block"], r["warps"]) == (rule.block_h, rule.num_warps)]
+            ours = [r for r in case if (r["block"], r["warps"]) == (rule.block_h, rule.num_warps)]
             ratios[N] = min((r["median_us"] for r in ours), default=math.nan) / best
         shown = ", ".join(f"N={N} {ratio:.3f}" for N, ratio in ratios.items())
         lines.append(f"{dtype}{' dependent' if pdl else ''} H={H}: {shown}")
@@ -152,24 +115,16 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def run(
-    widths: Sequence[int],
-    rows: Sequence[int],
-    dtypes: Sequence[str],
-    setting: Setting,
-    out: Path,
-    processes: int,
-    time_budget: float,
+    widths: Sequence[int], rows: Sequence[int], dtypes: Sequence[str], run: Run
 ) -> tuple[Path, int]:
     """Measure all; see :func:`benchmarks.sweep.sweep`."""
-    cells = [
-        RuleCell(H, tuple(rows), dtype, pdl)
+    cases = [
+        LaunchCase(H, tuple(rows), dtype, pdl)
         for dtype in dtypes
         for H in widths
         for pdl in ((False, True) if kernels.supports_pdl(0) else (False,))
     ]
-    work = functools.partial(run_cell, setting)
-    path, code = sweep(
-        "launch-rule", setting.device, cells, work, failed_rows, out, processes, time_budget
-    )
+    work = functools.partial(run_case, run)
+    path, code = sweep("launch-config", run, cases, work)
     print("\n".join(summary(json.loads(path.read_text())["rows"])))
     return path, code

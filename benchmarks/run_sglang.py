@@ -1,6 +1,6 @@
 """Is the op as fast as the best hand-written kernel known? Both in one run, on one machine.
 
-The rival is SGLang's fused shared-expert gate, with programmatic dependent launch; it is found
+The baseline is SGLang's fused shared-expert gate, with programmatic dependent launch; it is found
 where sglang is installed and loaded by itself, for the rest of sglang is not needed. Both are
 called eagerly and replayed through CUDA graphs; inputs and weights are cold. SGLang's kernel adds
 into the routed experts' output, the op writes a new tensor.
@@ -17,19 +17,18 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from filelock import BaseFileLock
+from torch import Tensor
 
-import gatefuse
-from benchmarks.run_workloads import columns, release_memory
-from benchmarks.store import BenchError, Row
-from benchmarks.sweep import Setting, sweep
-from benchmarks.workers import DeviceLock
+from benchmarks.sweep import BenchError, Row, Run, rotated, sweep
 from gatefuse import kernels
-from gatefuse.bench.timing import Replay, interleaved, plan
+from gatefuse.bench.measure import checker
+from gatefuse.bench.timing import plan
+from gatefuse.bench.workloads import bytes_of, make_set
 
 _SOURCE = "kernels/ops/elementwise/elementwise.py"
 _IMPORTED: dict[str, dict[str, Callable[[], bool]]] = {
@@ -41,10 +40,10 @@ _IMPORTED: dict[str, dict[str, Callable[[], bool]]] = {
 
 
 @dataclass(frozen=True)
-class PeerCell:
-    """A unit of work: one chain at one width, with all arms."""
+class SGLangCase:
+    """A unit of work: one workload at one width, with all providers."""
 
-    chain: str
+    workload: str
     H: int
     rows: tuple[int, ...]
 
@@ -55,7 +54,7 @@ def load() -> Any:
     folders = package.submodule_search_locations if package is not None else None
     source = Path(next(iter(folders)), _SOURCE) if folders else None
     if source is None or not source.exists():
-        raise BenchError("sglang, whose kernel is the rival, is not installed")
+        raise BenchError("sglang, whose kernel is the baseline, is not installed")
     modules = {}
     for name, attributes in _IMPORTED.items():
         modules[name] = types.ModuleType(name)
@@ -75,110 +74,59 @@ def version() -> str:
         return "unknown"
 
 
-Set = tuple[nn.Parameter, Tensor, Tensor, Tensor, Tensor]  # weight, x, v, routed, SGLang's routed
+def calls_of(workload: str) -> dict[str, Callable[[Any], Tensor]]:
+    """The providers: a call each, of a module, its inputs and what SGLang adds into."""
+    sglang = load()
 
-
-def calls_of(chain: str) -> dict[str, Callable[[Set], Tensor]]:
-    """The arms: a call each."""
-    peer = load()
-
-    def op(s: Set) -> Tensor:
-        return gatefuse.linear_sigmoid_mul(
-            s[1], s[0], s[2], addend=s[3] if chain == "add" else None
-        )
-
-    def rival(s: Set) -> Tensor:
-        if chain == "mul":
-            result: Tensor = peer.fused_gate_sigmoid_mul(s[1], s[0][0], s[2])
+    def baseline(one: Any) -> Tensor:
+        module, (x, v, *_), routed = one
+        if workload == "mul":
+            result: Tensor = sglang.fused_gate_sigmoid_mul(x, module.gate.weight[0], v)
             return result
-        peer.fused_gate_sigmoid_mul_add(s[1], s[0][0], s[2], s[4])
-        return s[4]
+        sglang.fused_gate_sigmoid_mul_add(x, module.gate.weight[0], v, routed)
+        return cast(Tensor, routed)
 
-    def limit(s: Set) -> Tensor:
-        return torch.add(s[1], s[2]) if chain == "mul" else torch.addcmul(s[3], s[1], s[2])
+    return {
+        "op": lambda one: one[0].op(*one[1])[0],
+        "sglang": baseline,
+        "roofline": lambda one: one[0].roofline(*one[1])[0],
+    }
 
-    return {"op": op, "peer": rival, "limit": limit}
+
+def make(case: SGLangCase, N: int, device: str) -> tuple[Any, tuple[Tensor, ...], Tensor]:
+    module, inputs = make_set(case.workload, case.H, N, torch.bfloat16, device)
+    return module, inputs, inputs[-1].clone()
 
 
-def run_cell(setting: Setting, cell: PeerCell, lock: DeviceLock) -> list[Row]:
-    """A result row for each arm and number of rows."""
-    torch.manual_seed(setting.seed + zlib.crc32(repr(cell).encode()))
+def run_case(run: Run, case: SGLangCase, lock: BaseFileLock) -> list[Row]:
+    """A result row for each provider and number of rows."""
+    torch.manual_seed(zlib.crc32(repr(case).encode()))
+    rows = []
     with torch.no_grad():
-        calls = calls_of(cell.chain)
+        calls = calls_of(case.workload)
         for call in calls.values():  # compile, while others measure
-            call(make_set(cell, 2, setting.device))
-        rows = []
-        for N in cell.rows:
-            rows += measure(cell, N, calls, setting, lock)
-            release_memory(setting.device)
-        return rows
+            call(make(case, 2, run.device))
+        for N in case.rows:
+            planned = bytes_of(case.workload, case.H, N, torch.bfloat16)
+            number, samples = plan(*planned, 1, run.device)
+            with lock:
+                sets = [make(case, N, run.device) for _ in range(number)]
+                for one in sets:  # a weight is loaded early only after a launch has waited for it
+                    calls["op"](one)
+                check = checker(*sets[0][:2])
+                for provider in ("op", "sglang"):
+                    check([calls[provider](sets[0])])
+                timings = rotated(calls, sets, samples, run)
+                del sets
+                torch.cuda.empty_cache()
+            for provider, timing in timings.items():
+                row = {"workload": case.workload, "H": case.H, "N": N, "provider": provider}
+                rows.append(row | {"sglang": version()} | timing)
+    return rows
 
 
-def make_set(cell: PeerCell, N: int, device: str) -> Set:
-    def make(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
-
-    weight = nn.Parameter(make(1, cell.H) / cell.H**0.5)
-    routed = make(N, cell.H)
-    return weight, make(N, cell.H), make(N, cell.H), routed, routed.clone()
-
-
-def measure(
-    cell: PeerCell,
-    N: int,
-    calls: dict[str, Callable[[Set], Tensor]],
-    setting: Setting,
-    lock: DeviceLock,
-) -> list[Row]:
-    """Check and time all arms at ``N`` rows."""
-    device = setting.device
-    inputs = 2 + (cell.chain == "add")
-    row_bytes = 2 * N * cell.H
-    planned = plan(inputs * row_bytes, (inputs + 1) * row_bytes, 1, device)
-    pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
-    with lock:
-        sets = [make_set(cell, N, device) for _ in range(planned.sets)]
-        for s in sets:  # a weight is loaded early only after a first launch has waited for it
-            calls["op"](s)
-        weight, x, v, routed, _ = sets[0]
-        reference = torch.sigmoid(x.double() @ weight.double().T) * v.double()
-        reference += routed.double() if cell.chain == "add" else 0
-        for arm in ("op", "peer"):
-            error = (calls[arm](sets[0]).double() - reference).norm() / reference.norm()
-            if not error < 4e-3:  # bfloat16 rounds to 2.0e-3 of a value, in the root mean square
-                raise AssertionError(f"{arm} is wrong: {cell}, N={N}: {error:.2e}")
-        replays = {
-            arm: Replay(
-                lambda i, call=call: (call(sets[i % len(sets)]),),  # type: ignore[misc]
-                planned.calls,
-                device,
-                pool,
-            )
-            for arm, call in calls.items()
-        }
-        timings = interleaved(replays, setting.rounds, device)
-    key = {"chain": cell.chain, "H": cell.H, "N": N}
-    return [
-        {**key, "arm": arm, "sglang": version(), **columns(timing)}
-        for arm, timing in timings.items()
-    ]
-
-
-def failed_rows(cell: PeerCell, error: str) -> list[Row]:
-    """The rows of a cell whose process died."""
-    return [{"chain": cell.chain, "H": cell.H, "N": N, "error": error} for N in cell.rows]
-
-
-def run(
-    widths: Sequence[int],
-    rows: Sequence[int],
-    setting: Setting,
-    out: Path,
-    processes: int,
-    time_budget: float,
-) -> tuple[Path, int]:
+def run(widths: Sequence[int], rows: Sequence[int], run: Run) -> tuple[Path, int]:
     """Measure all; see :func:`benchmarks.sweep.sweep`. Raises BenchError without sglang."""
     load()
-    cells = [PeerCell(chain, H, tuple(rows)) for H in widths for chain in ("mul", "add")]
-    work = functools.partial(run_cell, setting)
-    return sweep("peer", setting.device, cells, work, failed_rows, out, processes, time_budget)
+    cases = [SGLangCase(workload, H, tuple(rows)) for H in widths for workload in ("mul", "add")]
+    return sweep("sglang", run, cases, functools.partial(run_case, run))

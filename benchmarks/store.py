@@ -1,11 +1,9 @@
 """Result files, ``{"kind": str, "header": {...}, "rows": [...], "not_run": [...]}``, and what they
-say together."""
+say together, as data frames."""
 
 from __future__ import annotations
 
-import csv
 import datetime
-import functools
 import json
 import os
 import platform
@@ -13,46 +11,31 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from benchmarks.grid import NO_GATE, BlockKey, Key
+import pandas as pd
+
+from benchmarks.grid import DTYPE, NO_GATE, Key
+from benchmarks.sweep import Row
 
 ROOT = Path(__file__).parents[1]
-"""Of a checkout; a meaningless directory where gatefuse is installed without one."""
 
-Row = dict[str, Any]
-ArmKey = tuple[str, str]  # arm, mode
+CASE = list(Key._fields)
+TIMES = [f"{hot}{name}_us" for hot in ("", "hot_") for name in ("median", "p10", "p90")]
+MODULE = ["model", "part", "tokens"]
+BESIDE = ("roofline", "op")
+"""Shown beside the providers, not among them: the roofline is no gate, and the op called by itself
+is the same kernel with programmatic dependent launch, which generated code cannot ask for."""
 
-EAGER: ArmKey = ("eager", "-")
-LIMIT: ArmKey = ("limit", "-")
-OP: ArmKey = ("op", "-")
-INDUCTOR: ArmKey = ("inductor", "default")
-GATEFUSE: ArmKey = ("gatefuse-auto", "default")
-# Shown beside the arms and no rivals: the limit is no gate, and the op called by itself is the same
-# kernel with programmatic dependent launch, which generated code cannot ask for.
-BESIDE = (LIMIT, OP)
-
-
-class BenchError(RuntimeError):
-    """The command cannot run here; the message says what is missing."""
+# Words of files from before 0.2.
+COLUMNS = {"chain": "workload", "arm": "provider"}
+PROVIDERS = {"limit": "roofline", "peer": "sglang"}
+KINDS = {"core": "workloads", "blocks": "modules", "peer": "sglang", "launch-rule": "launch-config"}
 
 
-def checkout() -> Path:
-    """The checkout that gatefuse is imported from. Raises BenchError if there is none."""
-    if not (ROOT / "benchmarks" / "results").is_dir():
-        raise BenchError(
-            "the committed results are in a checkout of gatefuse, and this is an installed copy; "
-            "name result files, or run `python -m gatefuse bench` in a checkout"
-        )
-    return ROOT
-
-
-def header(device: str, arguments: list[str]) -> dict[str, Any]:
-    """What is measured with what, and when; of several GPUs the first visible one is named.
-    Initialises no device.
-
-    Of ``arguments`` that are absolute paths only the last part is kept.
-    """
+def header(device: str, arguments: list[str]) -> Row:
+    """What is measured with what, and when; of several GPUs the first visible one is named. Of
+    ``arguments`` that are absolute paths only the last part is kept. Initialises no device."""
     import torch
 
     import gatefuse
@@ -60,17 +43,15 @@ def header(device: str, arguments: list[str]) -> dict[str, Any]:
 
     try:
         import triton
-
-        triton_version = triton.__version__
     except ImportError:
-        triton_version = None
+        triton = None
     return {
         "device": _gpu() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": getattr(triton, "__version__", None),
         "gatefuse": gatefuse.__version__,
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "sources": GateFusionPass().uuid(),
@@ -96,12 +77,10 @@ def _gpu() -> str | None:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 def new_path(directory: Path, kind: str) -> Path:
@@ -117,134 +96,168 @@ def write(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The content of a file, in today's words."""
+    return in_todays_words(json.loads(path.read_text()))
+
+
+def in_todays_words(content: dict[str, Any]) -> dict[str, Any]:
+    """A file's content with the columns, kinds and providers of today."""
+    rows = [{COLUMNS.get(name, name): value for name, value in r.items()} for r in content["rows"]]
+    for row in rows:
+        if "provider" in row:
+            row["provider"] = PROVIDERS.get(row["provider"], row["provider"])
+        if row.get("what") == "compile":  # before warm caches were measured none was named
+            row.setdefault("cache", "cold")
+    return {**content, "kind": KINDS.get(content["kind"], content["kind"]), "rows": rows}
+
+
 @dataclass
 class Results:
-    """Rows by what they are of: ``cells[key][arm, mode]`` of the chains, ``blocks`` of the modules
-    of transformers, ``rivals[chain, H, N][arm]`` of the op beside the best known kernel, ``host``
-    of host and compile time, ``engines`` whole files, of vLLM. ``headers`` are the files', by
-    kind."""
+    """Frames with a row for each case and provider: ``cases`` of the workloads, ``modules`` of
+    transformers, ``sglang`` of the op beside SGLang's kernel; ``host``: rows of host and compile
+    time; ``engines``: whole files, of vLLM. ``headers`` are the files', by kind."""
 
-    cells: dict[Key, dict[ArmKey, Row]] = field(default_factory=dict)
-    blocks: dict[BlockKey, dict[ArmKey, Row]] = field(default_factory=dict)
-    rivals: dict[tuple[str, int, int], dict[str, Row]] = field(default_factory=dict)
+    cases: pd.DataFrame
+    modules: pd.DataFrame
+    sglang: pd.DataFrame
     host: list[Row] = field(default_factory=list)
     engines: list[dict[str, Any]] = field(default_factory=list)
     headers: dict[str, list[Row]] = field(default_factory=dict)
 
-    def time(self, key: Key, arm: ArmKey, column: str = "median_us") -> float | None:
-        """Median in µs, or None if the arm was not measured or failed. column: another one of the
-        row, such as ``"hot_median_us"``."""
-        return self.cells.get(key, {}).get(arm, {}).get(column)
 
-    def gate_cost(self, key: Key, arm: ArmKey) -> float | None:
-        """Time of ``arm`` in the glue at ``key`` minus that without the gate, compiled by Inductor
-        in the same mode (eager against eager), in µs."""
-        plain = EAGER if arm == EAGER else ("inductor", arm[1])
-        without = self.time(key._replace(chain=key.chain + NO_GATE), plain)
-        with_gate = self.time(key, arm)
-        return None if with_gate is None or without is None else with_gate - without
-
-    def best_arm(self, key: Key) -> tuple[ArmKey, float] | None:
-        """The fastest arm that computes the gate from compiled or eager code."""
-        times = {
-            arm: us
-            for arm in self.cells.get(key, {})
-            if arm not in BESIDE and (us := self.time(key, arm)) is not None
-        }
-        return min(times.items(), key=lambda item: item[1]) if times else None
-
-
-def collect(files: Iterable[dict[str, Any]]) -> Results:
-    """Merge the contents of result files, in order. Of several files that measured the same cell,
-    the last one counts, whole: a ratio is never taken across runs."""
-    results = Results()
-    for content in files:
-        kind = content["kind"]
-        results.headers.setdefault(kind, []).append(content["header"])
-        if kind == "host":
-            # Files from before warm caches were measured do not name the cache.
-            results.host = [
-                {"cache": "cold", **row} if row["what"] == "compile" else row
-                for row in content["rows"]
-            ]
-        elif kind in ("core", "cpu"):
-            device: Literal["gpu", "cpu"] = "cpu" if kind == "cpu" else "gpu"
-            draws: dict[Key, dict[ArmKey, list[Row]]] = {}
-            for row in content["rows"]:
-                columns = ("shapes", "chain", "H", "N", "dtype")
-                arms = draws.setdefault(Key(device, *(row[c] for c in columns)), {})
-                arms.setdefault((row["arm"], row["mode"]), []).append(row)
-            results.cells |= {
-                key: {arm: _expected(rows) for arm, rows in arms.items()}
-                for key, arms in draws.items()
-            }
-        elif kind == "peer":
-            for row in content["rows"]:
-                if "arm" in row:
-                    results.rivals.setdefault((row["chain"], row["H"], row["N"]), {})[
-                        row["arm"]
-                    ] = row
-        elif kind == "vllm":
-            results.engines.append(content)
-        elif kind == "blocks":
-            # Modes are cells of their own here: each holds both of its arms.
-            compiles: dict[tuple[BlockKey, ArmKey], list[Row]] = {}
-            for row in content["rows"]:
-                block = BlockKey(row["model"], row["part"], row["tokens"])
-                compiles.setdefault((block, (row["arm"], row["mode"])), []).append(row)
-            for (block, arm), rows in compiles.items():
-                results.blocks.setdefault(block, {})[arm] = _fastest(rows)
-    return results
-
-
-def _expected(draws: list[Row]) -> Row:
-    """Of several compiles of an arm: the mean of their times, between the shortest and the longest.
-    A draw that failed stands for all."""
-    for row in draws:
-        if "error" in row:
-            return row
-    if len(draws) == 1:
-        return draws[0]
-    expected = dict(draws[0])
-    for inputs in ("", "hot_"):
-        times = [float(row[f"{inputs}median_us"]) for row in draws if f"{inputs}median_us" in row]
-        if times:
-            expected[f"{inputs}median_us"] = sum(times) / len(times)
-            expected[f"{inputs}p10_us"], expected[f"{inputs}p90_us"] = min(times), max(times)
-    return expected
-
-
-def _fastest(compiles: list[Row]) -> Row:
-    """Of several compiles of an arm: the fastest, and the median of the slowest as ``slowest_us``.
-    A compile that failed stands for all."""
-    for row in compiles:
-        if "median_us" not in row:
-            return row
-    fastest = min(compiles, key=lambda row: row["median_us"])
-    slowest = max(compiles, key=lambda row: row["median_us"])
-    return {**fastest, "slowest_us": slowest["median_us"]}
+def matches(frame: pd.DataFrame, where: dict[str, Any]) -> pd.Series:
+    """Which rows have these values."""
+    found = pd.Series(True, frame.index)
+    for name, value in where.items():
+        found &= frame[name] == value
+    return found
 
 
 def load(paths: Iterable[Path]) -> Results:
     """The files' contents in the order of their dates."""
-    files = [json.loads(path.read_text()) for path in paths]
-    return collect(sorted(files, key=lambda content: content["header"]["date"]))
+    return collect(sorted(map(read, paths), key=lambda content: content["header"]["date"]))
 
 
 def committed() -> Results:
     """All committed results."""
-    return load((checkout() / "benchmarks" / "results").glob("*.json"))
+    return load((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
-@functools.cache
-def peers() -> dict[tuple[str, int, int], float]:
-    """µs of the best known hand-written kernel by chain, width and rows, from
-    ``benchmarks/peers.csv``; empty without a checkout."""
-    path = ROOT / "benchmarks" / "peers.csv"
-    if not path.exists():
-        return {}
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    return {
-        (row["chain"], int(row["H"]), int(row["N"])): float(row["peer_pdl"])
-        for row in csv.DictReader(lines)
-    }
+def collect(files: Iterable[dict[str, Any]]) -> Results:
+    """Merge contents of result files. Of several that measured the same case the last one counts,
+    whole: a ratio is never taken across runs."""
+    rows: dict[str, list[Row]] = {"cases": [], "modules": [], "sglang": []}
+    host, engines, headers = [], [], {}
+    for number, content in enumerate(files):
+        kind = content["kind"]
+        headers.setdefault(kind, []).append(content["header"])
+        if kind == "host":
+            host = content["rows"]
+        elif kind == "vllm":
+            engines.append(content)
+        elif kind in ("workloads", "cpu"):
+            of = {"device": "cuda" if kind == "workloads" else "cpu", "file": number}
+            rows["cases"] += [row | of for row in content["rows"]]
+        elif kind in rows:
+            rows[kind] += [row | {"file": number} for row in content["rows"] if "provider" in row]
+    return Results(
+        cases=_expected(_frame(rows["cases"], [*CASE, *TIMES, "bytes", "fused"])),
+        modules=_fastest(_frame(rows["modules"], [*MODULE, "median_us", "p10_us", "p90_us"])),
+        sglang=_newest(_frame(rows["sglang"], ["workload", "H", "N", "median_us"]), ["provider"]),
+        host=host,
+        engines=engines,
+        headers=headers,
+    )
+
+
+def _frame(rows: list[Row], columns: list[str]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows)
+    all_ = dict.fromkeys([*columns, "provider", "mode", "error", "file", *frame.columns])
+    frame = numeric(frame.reindex(columns=list(all_)))
+    texts = ("device", "shapes", "workload", "dtype", "model", "part", "provider", "mode")
+    return frame.astype({name: "str" for name in texts if name in frame})
+
+
+def numeric(frame: pd.DataFrame) -> pd.DataFrame:
+    """With its measured columns as floats, those that are empty also."""
+    ends = ("_us", "_ms", "_s", "kernels", "bytes", "fused")
+    return frame.astype({name: float for name in frame if str(name).endswith(ends)})
+
+
+def _newest(frame: pd.DataFrame, more: list[str]) -> pd.DataFrame:
+    """Of each case (``more``: and of what else) the rows of the last file."""
+    of = [c for c in (*CASE, *MODULE) if c in frame] + more
+    return frame[frame["file"] == frame.groupby(of)["file"].transform("max")]
+
+
+def _expected(cases: pd.DataFrame) -> pd.DataFrame:
+    """Of several compiles of a provider: the mean of their times, between the shortest and the
+    longest. One that failed stands for all. With what else a table or a threshold shows."""
+    of = [*CASE, "provider", "mode"]
+    cases = _newest(cases, []).copy()
+    several = cases.duplicated(of, keep=False)
+    for hot in ("", "hot_"):
+        for name in ("p10", "p90"):
+            cases.loc[several, f"{hot}{name}_us"] = cases[f"{hot}median_us"]
+    steps = dict(zip(TIMES, ("mean", "min", "max") * 2))
+    steps |= {"bytes": "first", "fused": "first", "error": "first"}
+    cases = cases.groupby(of, sort=False).agg(steps).reset_index()
+    cases = cases.sort_values(CASE, kind="stable", ignore_index=True)
+    cases.loc[cases["error"].notna(), TIMES] = float("nan")
+    return _with_ratios(cases)
+
+
+def _fastest(modules: pd.DataFrame) -> pd.DataFrame:
+    """Of several compiles of a provider: the fastest, with the median of the slowest. One that
+    failed stands for all."""
+    of = [*MODULE, "provider", "mode"]
+    modules = _newest(modules, ["provider", "mode"]).sort_values(
+        [*of, "median_us"], na_position="first", kind="stable"
+    )
+    modules = modules.assign(slowest_us=modules.groupby(of)["median_us"].transform("max"))
+    return modules.drop_duplicates(of).reset_index(drop=True)
+
+
+def _with_ratios(cases: pd.DataFrame) -> pd.DataFrame:
+    """Beside each time those that it is compared with, all of the same run."""
+    cases["case"] = [str(Key(*key)) for key in cases[CASE].itertuples(index=False)]
+    mode = ["mode"]
+    for hot in ("", "hot_"):
+        inductor = cases[cases["provider"] == "inductor"]
+        cases[f"{hot}inductor_us"] = _look_up(cases, inductor, f"{hot}median_us", mode)
+    cases["ratio"] = cases["median_us"] / cases["inductor_us"]
+    for provider in BESIDE:
+        there = cases[cases["provider"] == provider]
+        cases[f"{provider}_us"] = _look_up(cases, there, "median_us", [])
+    # The gate's cost: the time minus that without the gate, compiled by Inductor in the same mode
+    # (eager against eager).
+    plain = cases[cases["workload"].str.endswith(NO_GATE)].copy()
+    plain["workload"] = plain["workload"].str.removesuffix(NO_GATE)
+    eager = plain[plain["provider"] == "eager"]
+    inductor = plain[plain["provider"] == "inductor"]
+    without = _look_up(cases, inductor, "median_us", mode)
+    is_eager = cases["provider"] == "eager"
+    without[is_eager] = _look_up(cases, eager, "median_us", [])[is_eager]
+    without[cases["provider"].isin(BESIDE)] = float("nan")
+    cases["cost_us"] = cases["median_us"] - without
+    cases["inductor_cost_us"] = cases["inductor_us"] - without
+    # The best provider that computes the gate from compiled or eager code.
+    others = cases[~cases["provider"].isin(BESIDE)].sort_values("median_us", kind="stable")
+    best = others.drop_duplicates(CASE)
+    cases["best_us"] = _look_up(cases, best, "median_us", [])
+    best = best.assign(best=best["provider"] + ", " + best["mode"])
+    cases["best"] = _look_up(cases, best, "best", [])
+    alike = cases["dtype"] == DTYPE
+    baseline = pd.read_csv(ROOT / "benchmarks" / "peers.csv", comment="#")
+    baseline = baseline.rename(columns=COLUMNS)
+    merged = cases.merge(baseline, on=["workload", "H", "N"], how="left")
+    cases["baseline_us"] = merged["peer_pdl"].where(alike)
+    return cases
+
+
+def _look_up(cases: pd.DataFrame, rows: pd.DataFrame, column: str, more: list[str]) -> pd.Series:
+    """For each of ``cases`` the ``column`` of the one of ``rows`` that has the same case."""
+    of = [*CASE, *more]
+    found = cases[of].merge(rows[[*of, column]], on=of, how="left")
+    return found[column].set_axis(cases.index)

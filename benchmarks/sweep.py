@@ -1,82 +1,185 @@
-"""Runs the cells of one question, most telling first, and writes the results after each."""
+"""Runs the cases of a suite, most telling first, in several processes, one at a time on the device.
+
+Compiling is nearly all of a benchmark's wall time and needs no device; what is timed, by the
+benchmark or by Inductor's own tuning, must have the device for itself. So whatever is timed holds a
+lock that the processes share.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import multiprocessing
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import store as results
-from benchmarks.store import Row
-from benchmarks.workers import DeviceLock, spread
+from filelock import BaseFileLock, FileLock
+from pebble import ProcessExpired, ProcessPool
 
-CellType = TypeVar("CellType")
+GRACE_S = 15.0  # what cases that outlast the deadline are given to end
+
+Row = dict[str, Any]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Work = Callable[[Item, BaseFileLock], Result]
+
+_folder = ""  # of this process's pool
+
+
+class BenchError(RuntimeError):
+    """The command cannot run here; the message says what is missing."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all cells of a run share. device: ``"cuda"`` or ``"cpu"``; rounds: samples of each arm;
-    small: toy sizes, where a question has them."""
+class Run:
+    """What all cases of a run share. device: ``"cuda"`` or ``"cpu"``; rounds: samples of each
+    provider; small: toy sizes, where a suite has them; processes: that compile; time_budget:
+    seconds."""
 
     device: str
     rounds: int
-    seed: int = 0
-    small: bool = False
+    small: bool
+    out: Path
+    processes: int
+    time_budget: float
 
 
 def sweep(
     kind: str,
-    device: str,
-    cells: Sequence[CellType],
-    work: Callable[[CellType, DeviceLock], list[Row]],
-    failed_rows: Callable[[CellType, str], list[Row]],
-    out: Path,
-    processes: int,
-    time_budget: float,
+    run: Run,
+    cases: Sequence[Item],
+    work: Work[Item, list[Row]],
+    failed_rows: Callable[[Item, str], list[Row]] | None = None,
 ) -> tuple[Path, int]:
-    """Run ``work`` on the cells, in several processes, for at most ``time_budget`` seconds.
+    """Run ``work`` on the cases until the time budget is over; write the results after each.
 
-    ``failed_rows`` makes the rows of a cell whose process died. Returns the result file and an exit
-    code: 1 if an arm failed, 2 if the time was over before all cells were measured.
+    ``failed_rows`` makes the rows of a case whose process died. Returns the result file and an exit
+    code: 1 if a provider failed, 2 if the time was over before all cases were measured.
     """
+    from benchmarks import store  # its pandas is not for the processes that measure
+
     begin = time.monotonic()
-    path = results.new_path(out, kind)
+    path = store.new_path(run.out, kind)
     # Many processes compile at once: each does it by itself, and tuning prints no tables.
-    if processes > 1:
+    if run.processes > 1:
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_AUTOTUNE_NUM_CHOICES_DISPLAYED"] = "0"
-    content: dict[str, Any] = {
-        "kind": kind,
-        "header": results.header(device, sys.argv[1:]),
-        "rows": [],
-        "not_run": [asdict(cell) for cell in cells],  # type: ignore[call-overload]
-    }
+    content: dict[str, Any] = {"kind": kind, "header": store.header(run.device, sys.argv[1:])}
+    waiting: list[Any] = list(cases)
+    content |= {"rows": [], "not_run": [asdict(case) for case in waiting]}
     failed = 0
-    for cell, rows, error in spread(work, cells, processes, begin + time_budget):
+    for case, rows, error in spread(work, cases, run.processes, begin + run.time_budget):
         if rows is None:
             print(error, file=sys.stderr, flush=True)
-            rows = failed_rows(cell, str(error).strip()[-500:])
+            text = str(error).strip()[-500:]
+            rows = failed_rows(case, text) if failed_rows else [asdict(case) | {"error": text}]
         content["rows"] += rows
-        content["not_run"].remove(asdict(cell))  # type: ignore[call-overload]
-        results.write(path, content)
+        content["not_run"].remove(asdict(case))  # type: ignore[call-overload]
+        store.write(path, content)
         wrong = [row for row in rows if "error" in row]
         failed += len(wrong)
-        print(
-            f"{time.monotonic() - begin:5.0f} s  {cell}: {len(rows) - len(wrong)} timed, "
-            f"{len(wrong)} failed",
-            file=sys.stderr,
-            flush=True,
-        )
-        for row in wrong:
-            print(f"        {row}", file=sys.stderr, flush=True)
-    results.write(path, content)
+        seconds, timed = time.monotonic() - begin, len(rows) - len(wrong)
+        lines = [f"{seconds:5.0f} s  {case}: {timed} timed, {len(wrong)} failed", *wrong]
+        print(*lines, sep="\n        ", file=sys.stderr, flush=True)
+    store.write(path, content)
     return path, 1 if failed else 2 if content["not_run"] else 0
 
 
-def default_processes() -> int:
-    """All cores but two, 14 at most: what is timed still has a core for itself."""
-    return max(1, min(14, (os.cpu_count() or 1) - 2))
+def spread(
+    work: Work[Item, Result], items: Sequence[Item], processes: int, deadline: float
+) -> Iterator[tuple[Item, Result | None, str | None]]:
+    """Yield ``(item, result, error)`` in the order of completion; the first items start first.
+
+    No item starts that would, at the longest duration seen so far, end after ``deadline`` (by
+    ``time.monotonic``); items still running ``GRACE_S`` after it are abandoned. A process whose
+    item failed, perhaps by the device's fault, is replaced. ``work`` is a top-level function.
+    """
+    pending = deque(items)
+    running: dict[Future[Result], tuple[Item, float]] = {}
+    longest = 0.0
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="gatefuse-") as folder:
+        pool = ProcessPool(processes, initializer=_begin, initargs=(folder,), context=context)
+        try:
+            while pending or running:
+                while pending and len(running) < processes:
+                    now = time.monotonic()
+                    if now + longest > deadline:
+                        pending.clear()
+                        break
+                    item, left = pending.popleft(), deadline + GRACE_S - now
+                    running[pool.schedule(_do, args=(work, item), timeout=left)] = item, now
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    item, begun = running.pop(future)
+                    longest = max(longest, time.monotonic() - begun)
+                    with contextlib.suppress(TimeoutError):
+                        try:
+                            yield item, future.result(), None
+                        except ProcessExpired as death:
+                            note = Path(folder, str(death.pid))
+                            text = note.read_text() if note.exists() else "the process died"
+                            yield item, None, text
+        finally:
+            pool.stop()
+            pool.join()
+
+
+def _begin(folder: str) -> None:
+    global _folder
+    _folder = folder
+
+
+def _do(work: Work[Item, Result], item: Item) -> Result:
+    try:
+        # Polled often: Inductor's tuning takes it for each of many short measurements.
+        lock = FileLock(Path(_folder, "device"), poll_interval=0.001, is_singleton=True)
+        return work(item, lock)
+    except Exception:
+        Path(_folder, str(os.getpid())).write_text(traceback.format_exc(limit=-8))
+        os._exit(1)
+
+
+def guard_tuning(lock: BaseFileLock) -> None:
+    """Take the lock around every measurement that Inductor makes to choose a kernel."""
+    from torch._inductor.runtime.benchmarking import benchmarker
+
+    measure = benchmarker.benchmark_gpu
+    if hasattr(measure, "guarded"):
+        return
+
+    @functools.wraps(measure)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return measure(*args, **kwargs)
+
+    alone.guarded = True  # type: ignore[attr-defined]
+    benchmarker.benchmark_gpu = alone  # type: ignore[method-assign]
+
+
+def rotated(
+    calls: dict[Any, Callable[[Any], Any]], sets: Sequence[Any], samples: int, run: Run
+) -> dict[Any, Row]:
+    """Device time of each of ``calls``, over a rotation of input sets, ``samples`` calls in a
+    sample: columns of a result row."""
+    import torch
+
+    from gatefuse.bench.timing import Replay, interleaved
+
+    pool = torch.cuda.graph_pool_handle() if run.device == "cuda" else None
+    replays = {}
+    for key, call in calls.items():
+
+        def call_set(i: int, call: Callable[[Any], Any] = call) -> tuple[Any, ...]:
+            return (call(sets[i % len(sets)]),)
+
+        replays[key] = Replay(call_set, samples, run.device, pool)
+    return interleaved(replays, run.rounds, run.device)

@@ -1,4 +1,7 @@
-"""Which results miss a mark of :mod:`benchmarks.grid`, and what was not measured."""
+"""The thresholds that results must reach, which of them are violated, and what was not measured.
+
+Times are in µs; a ratio is one of medians of one run.
+"""
 
 from __future__ import annotations
 
@@ -6,248 +9,277 @@ import dataclasses
 import fnmatch
 import functools
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
 
 from benchmarks import grid
-from benchmarks.grid import BlockKey, Key
-from benchmarks.store import (
-    GATEFUSE,
-    INDUCTOR,
-    LIMIT,
-    OP,
-    ROOT,
-    ArmKey,
-    Results,
-    peers,
-)
+from benchmarks.store import CASE, MODULE, ROOT, Results, numeric
+
+# gatefuse over Inductor in the same mode, in every case; of the gate alone, in default mode, over
+# the best provider of all as well. In the glue a loss to that one is listed from EXPLAINED on.
+SLOWER, EXPLAINED = 1.02, 1.03
+# The gate alone: Inductor's default mode over gatefuse. In the glue: the gate's cost under Inductor
+# over that under gatefuse. Both up to so many rows.
+SPEEDUP, GATE_COST_RATIO, SMALL_ROWS = 1.5, 5.0, 1024
+# In the glue the gate costs at most so much at up to so many rows, and so much by width and rows.
+GATE_COST_US, GATE_COST_ROWS = 0.5, 256
+GATE_COST_PREFILL_US = {(2048, 8192): 2.0, (4096, 8192): 3.0}
+# The kernel alone over torch.add or torch.addcmul, from SMALL_ROWS rows on.
+ROOFLINE_RATIO = 1.05
+# The eager op is at most so much slower than the best known kernel at up to so many rows: as
+# peers.csv has it, and as measured beside it (the suite `sglang`).
+BASELINE_US, BASELINE_ROWS = 0.1, 256
+# gatefuse's pass, of a compile in an empty cache; `import gatefuse` after `import torch`.
+PASS_SHARE, IMPORT_MS = 0.01, 50.0
 
 
 @dataclass(frozen=True)
-class Miss:
-    """``cell`` misses a mark with its arm ``arm``; ``reason`` is known from
+class Threshold:
+    """What of a frame's rows violates it, as pandas' ``query`` takes it, and the text, a format of
+    the row ``r``. reported: such a violation is an error only without a known reason."""
+
+    violated: str
+    text: str
+    reported: bool = False
+
+
+@dataclass(frozen=True)
+class Violation:
+    """``case`` violates a threshold with a provider in a mode; ``reason`` is known from
     ``benchmarks/reasons.toml`` or None."""
 
-    cell: Key | BlockKey | str
-    arm: ArmKey
+    case: str
+    provider: str
+    mode: str
     text: str
     reason: str | None = None
+    reported: bool = False
 
     def __str__(self) -> str:
-        return f"{self.cell}: {self.text}"
+        return f"{self.case}: {self.text}"
+
+
+FUSED = "provider == 'gatefuse-auto'"
+GPU = "shapes == 'static' and device == 'cuda'"
+DEFAULT = f"{FUSED} and mode == 'default' and {GPU}"
+ALONE = "workload in ('mul', 'add')"
+KERNEL = f"provider == 'op' and {ALONE} and {GPU}"
+
+FAILED = Threshold("error.notna()", "{r.provider}, {r.mode} failed: {r.error}")
+PASS = f"pass_ms > {PASS_SHARE} * compile_s * 1e3"
+PASS_TEXT = "{r.what}: the pass takes {r.pass_ms:.1f} ms, {r.pass_percent:.2f} % of the compile"
+
+CASES = (
+    FAILED,
+    Threshold(
+        f"{FUSED} and median_us > {SLOWER} * inductor_us",
+        "{r.mode}: gatefuse {r.median_us:.2f} us is {r.ratio:.3f} of Inductor's "
+        "{r.inductor_us:.2f}",
+    ),
+    Threshold(
+        f"{FUSED} and hot_median_us > {SLOWER} * hot_inductor_us",
+        "{r.mode}, hot: gatefuse {r.hot_median_us:.2f} us is {r.hot_ratio:.3f} of Inductor's "
+        "{r.hot_inductor_us:.2f}",
+    ),
+    Threshold(
+        f"{DEFAULT} and {ALONE} and median_us > {SLOWER} * best_us",
+        "gatefuse {r.median_us:.2f} us is {r.of_best:.3f} of the best provider's {r.best_us:.2f} "
+        "({r.best})",
+    ),
+    Threshold(
+        f"{DEFAULT} and {ALONE} and N <= {SMALL_ROWS} and median_us * {SPEEDUP} > inductor_us",
+        "gatefuse {r.median_us:.2f} us is {r.speedup:.2f} times as fast as Inductor, "
+        f"not {SPEEDUP}",
+    ),
+    Threshold(
+        f"{KERNEL} and N >= {SMALL_ROWS} and median_us > {ROOFLINE_RATIO} * roofline_us",
+        "the kernel takes {r.median_us:.2f} us, {r.of_roofline:.3f} of the roofline "
+        "{r.roofline_us:.2f}",
+    ),
+    Threshold(
+        f"{KERNEL} and N <= {BASELINE_ROWS} and median_us > baseline_us + {BASELINE_US}",
+        "the kernel takes {r.median_us:.2f} us, the best known one {r.baseline_us:.2f}",
+    ),
+    Threshold(
+        f"{DEFAULT} and N <= {SMALL_ROWS} and 0 < inductor_cost_us "
+        f"and inductor_cost_us < {GATE_COST_RATIO} * cost_us",
+        "the gate costs {r.cost_us:.2f} us, {r.cost_ratio:.1f} times less than under Inductor "
+        f"({{r.inductor_cost_us:.2f}}), not {GATE_COST_RATIO:.0f}",
+    ),
+    Threshold(
+        f"{DEFAULT} and cost_us > most_us and inductor_cost_us.notna()",
+        "the gate costs {r.cost_us:.2f} us > {r.most_us}",
+    ),
+    Threshold(
+        f"{DEFAULT} and workload == 'glue' and median_us > {EXPLAINED} * best_us",
+        "best provider {r.best} {r.best_us:.2f} us, gatefuse {r.median_us:.2f}",
+        reported=True,
+    ),
+)
+MODULES = (
+    FAILED,
+    Threshold(
+        f"{FUSED} and median_us > {SLOWER} * inductor_us",
+        "{r.mode}: gatefuse {r.median_us:.1f} us is {r.ratio:.3f} of Inductor's "
+        "{r.inductor_us:.1f}",
+    ),
+    Threshold(
+        f"{FUSED} and kernels > inductor_kernels",
+        "{r.mode}: gatefuse launches {r.kernels:g} kernels, Inductor {r.inductor_kernels:g}",
+    ),
+    Threshold(f"{FUSED} and {PASS}", PASS_TEXT),
+)
+SGLANG = (
+    Threshold(
+        f"provider == 'op' and N <= {BASELINE_ROWS} and median_us > sglang_us + {BASELINE_US}",
+        "side by side the op takes {r.median_us:.2f} us, the best known kernel {r.sglang_us:.2f}",
+    ),
+)
+HOST = (
+    Threshold("error.notna()", "{r.provider} failed: {r.error}"),
+    Threshold(f"median_ms > {IMPORT_MS}", f"{{r.median_ms}} ms > {IMPORT_MS}"),
+    Threshold("initialises_cuda == True", "initialises CUDA"),
+    Threshold(PASS, PASS_TEXT),
+    Threshold(
+        f"{FUSED} and median_us > inductor_us",
+        "{r.mode}: gatefuse {r.median_us:.1f} us > Inductor {r.inductor_us:.1f}",
+    ),
+)
 
 
 @functools.cache
 def reasons() -> list[tuple[list[str], str]]:
-    """Patterns of misses, as a shell's, and why they miss."""
-    path = ROOT / "benchmarks" / "reasons.toml"
-    if not path.exists():
-        return []
-    entries = tomllib.loads(path.read_text())["reasons"]
-    return [(entry["misses"], " ".join(entry["reason"].split())) for entry in entries]
+    """Patterns of violations, as a shell's, and why they are."""
+    entries = tomllib.loads((ROOT / "benchmarks" / "reasons.toml").read_text())["reasons"]
+    return [(entry["violations"], " ".join(entry["reason"].split())) for entry in entries]
 
 
-def with_reason(miss: Miss) -> Miss:
-    """``miss`` with the first reason whose pattern fits its line."""
+def violations(results: Results) -> list[Violation]:
+    """All of them, by case, with the first reason whose pattern fits the line."""
+    found = [
+        *_in_frame(_cases(results.cases), CASES),
+        *_in_frame(_sglang(results.sglang), SGLANG),
+        *_in_frame(modules_beside_inductor(results.modules), MODULES),
+        *_in_frame(_host(results.host), HOST),
+    ]
+    return [dataclasses.replace(violation, reason=_reason(str(violation))) for violation in found]
+
+
+def _reason(line: str) -> str | None:
     for patterns, reason in reasons():
-        if any(fnmatch.fnmatchcase(str(miss), pattern) for pattern in patterns):
-            return dataclasses.replace(miss, reason=reason)
-    return miss
+        if any(fnmatch.fnmatchcase(line, pattern) for pattern in patterns):
+            return reason
+    return None
 
 
-def check(results: Results, partial: bool = False) -> list[Miss]:
-    """Every mark that is missed, by cell. What was not measured is a miss too, unless
-    ``partial``; a loss to the best arm in the glue is one unless its reason is known."""
-    misses = [*_chains(results), *_rivals(results), *_blocks(results), *_host(results)]
-    misses = [with_reason(miss) for miss in misses]
-    misses += [loss for loss in losses(results) if loss.reason is None]
-    if not partial:
-        misses += [Miss(cell, ("", ""), f"not measured{arms}") for cell, arms in missing(results)]
-    return misses
+def check(results: Results, partial: bool = False) -> list[Violation]:
+    """Every violation that is an error. What was not measured is one too, unless ``partial``."""
+    found = [v for v in violations(results) if not (v.reported and v.reason)]
+    lacking = [] if partial else missing(results)
+    return found + [Violation(case, "", "", f"not measured{what}") for case, what in lacking]
 
 
-def _chains(results: Results) -> Iterator[Miss]:
-    for key, arms in sorted(results.cells.items()):
-        for arm, row in arms.items():
-            if "error" in row:
-                yield Miss(key, arm, f"{', '.join(arm)} failed: {row['error']}")
-        for mode in grid.MODES:
-            for column, what in (("median_us", mode), ("hot_median_us", f"{mode}, hot")):
-                yield from _slower(results, key, mode, column, what)
-        if key.device == "gpu" and key.shapes == "static":
-            yield from _alone(results, key) if key.chain in ("mul", "add") else ()
-            yield from _gate_cost(results, key)
+def _in_frame(frame: pd.DataFrame, thresholds: Iterable[Threshold]) -> list[Violation]:
+    frame = numeric(frame)
+    found = [
+        Violation(row.case, row.provider, row.mode, t.text.format(r=row), reported=t.reported)
+        for t in thresholds
+        for row in frame.query(t.violated, engine="python").itertuples()
+    ]
+    order = {case: i for i, case in enumerate(frame["case"].unique())}
+    return sorted(found, key=lambda violation: order[violation.case])
 
 
-def _slower(results: Results, key: Key, mode: str, column: str, what: str) -> Iterator[Miss]:
-    arm = ("gatefuse-auto", mode)
-    ours, theirs = (results.time(key, a, column) for a in (arm, ("inductor", mode)))
-    if ours is not None and theirs is not None and ours > grid.SLOWER * theirs:
-        yield Miss(
-            key,
-            arm,
-            f"{what}: gatefuse {ours:.2f} us is {ours / theirs:.3f} of Inductor's {theirs:.2f}",
-        )
+# Each frame with what its thresholds need beside the measured.
 
 
-def _alone(results: Results, key: Key) -> Iterator[Miss]:
-    ours, best = results.time(key, GATEFUSE), results.best_arm(key)
-    inductor, op, limit = (results.time(key, arm) for arm in (INDUCTOR, OP, LIMIT))
-    if ours is not None and best is not None and ours > grid.SLOWER * best[1]:
-        yield Miss(
-            key,
-            GATEFUSE,
-            f"gatefuse {ours:.2f} us is {ours / best[1]:.3f} of the best arm's {best[1]:.2f} "
-            f"({', '.join(best[0])})",
-        )
-    small = key.N <= grid.SMALL_ROWS
-    if small and ours is not None and inductor is not None and ours * grid.SPEEDUP > inductor:
-        yield Miss(
-            key,
-            GATEFUSE,
-            f"gatefuse {ours:.2f} us is {inductor / ours:.2f} times as fast as Inductor, "
-            f"not {grid.SPEEDUP}",
-        )
-    large = key.N >= grid.SMALL_ROWS
-    if large and op is not None and limit is not None and op > grid.LIMIT_RATIO * limit:
-        text = f"the kernel takes {op:.2f} us, {op / limit:.3f} of the limit {limit:.2f}"
-        yield Miss(key, OP, text)
-    peer = peers().get((key.chain, key.H, key.N)) if key.dtype == grid.DTYPE else None
-    if op is not None and peer is not None and key.N <= grid.PEER_ROWS and op > peer + grid.PEER_US:
-        yield Miss(key, OP, f"the kernel takes {op:.2f} us, the best known one {peer:.2f}")
-
-
-def _gate_cost(results: Results, key: Key) -> Iterator[Miss]:
-    ours, theirs = (results.gate_cost(key, arm) for arm in (GATEFUSE, INDUCTOR))
-    if ours is None or theirs is None:
-        return
-    if key.N <= grid.SMALL_ROWS and 0 < theirs < grid.GATE_COST_RATIO * ours:
-        yield Miss(
-            key,
-            GATEFUSE,
-            f"the gate costs {ours:.2f} us, {theirs / ours:.1f} times less than under Inductor "
-            f"({theirs:.2f}), not {grid.GATE_COST_RATIO:.0f}",
-        )
-    limit = grid.GATE_COST_US if key.N <= grid.GATE_COST_ROWS else None
-    limit = grid.GATE_COST_PREFILL_US.get((key.H, key.N), limit)
-    if limit is not None and key.dtype == grid.DTYPE and ours > limit:
-        yield Miss(key, GATEFUSE, f"the gate costs {ours:.2f} us > {limit}")
-
-
-def losses(results: Results) -> list[Miss]:
-    """Where, in the glue, default-mode gatefuse is not the best of all arms, with the reasons."""
-    found = []
-    for key in sorted(results.cells):
-        if (key.device, key.shapes, key.chain) != ("gpu", "static", "glue"):
-            continue
-        ours, best = results.time(key, GATEFUSE), results.best_arm(key)
-        if ours is not None and best is not None and ours > grid.EXPLAINED * best[1]:
-            text = f"best arm {', '.join(best[0])} {best[1]:.2f} us, gatefuse {ours:.2f}"
-            found.append(with_reason(Miss(key, GATEFUSE, text)))
-    return found
-
-
-def _rivals(results: Results) -> Iterator[Miss]:
-    for (chain, H, N), arms in sorted(results.rivals.items()):
-        ours, theirs = (arms.get(arm, {}).get("median_us") for arm in ("op", "peer"))
-        if ours is None or theirs is None or N > grid.PEER_ROWS or ours <= theirs + grid.PEER_US:
-            continue
-        text = f"side by side the op takes {ours:.2f} us, the best known kernel {theirs:.2f}"
-        yield Miss(f"{chain} H={H} N={N}", OP, text)
-
-
-def _blocks(results: Results) -> Iterator[Miss]:
-    for key, arms in sorted(results.blocks.items()):
-        for arm, row in arms.items():
-            if "error" in row:
-                yield Miss(key, arm, f"{', '.join(arm)} failed: {row['error']}")
-        for mode in grid.BLOCK_MODES:
-            arm = ("gatefuse-auto", mode)
-            ours, theirs = arms.get(arm, {}), arms.get(("inductor", mode), {})
-            if "median_us" not in ours or "median_us" not in theirs:
-                continue
-            if ours["median_us"] > grid.SLOWER * theirs["median_us"]:
-                ratio = ours["median_us"] / theirs["median_us"]
-                yield Miss(
-                    key,
-                    arm,
-                    f"{mode}: gatefuse {ours['median_us']:.1f} us is {ratio:.3f} of Inductor's "
-                    f"{theirs['median_us']:.1f}",
-                )
-            if ours["kernels"] > theirs["kernels"]:
-                yield Miss(
-                    key,
-                    arm,
-                    f"{mode}: gatefuse launches {ours['kernels']} kernels, "
-                    f"Inductor {theirs['kernels']}",
-                )
-            if ours["pass_ms"] > grid.PASS_SHARE * ours["compile_s"] * 1e3:
-                yield _pass_miss(key, arm, mode, ours["pass_ms"], ours["compile_s"])
-
-
-def _pass_miss(
-    cell: BlockKey | str, arm: ArmKey, what: str, pass_ms: float, compile_s: float
-) -> Miss:
-    return Miss(
-        cell,
-        arm,
-        f"{what}: the pass takes {pass_ms:.1f} ms, {pass_ms / compile_s / 10:.2f} % of the compile",
+def _cases(cases: pd.DataFrame) -> pd.DataFrame:
+    sizes = zip(cases["H"], cases["N"], cases["dtype"])
+    most = [
+        GATE_COST_PREFILL_US.get((H, N), GATE_COST_US if N <= GATE_COST_ROWS else None)
+        if dtype == grid.DTYPE
+        else None
+        for H, N, dtype in sizes
+    ]
+    return cases.assign(
+        most_us=most,
+        hot_ratio=cases["hot_median_us"] / cases["hot_inductor_us"],
+        of_best=cases["median_us"] / cases["best_us"],
+        speedup=cases["inductor_us"] / cases["median_us"],
+        of_roofline=cases["median_us"] / cases["roofline_us"],
+        cost_ratio=cases["inductor_cost_us"] / cases["cost_us"],
     )
 
 
-def _host(results: Results) -> Iterator[Miss]:
-    calls: dict[tuple[str, str], dict[str, float]] = {}
-    for row in results.host:
-        if "error" in row:
-            text = f"{row['arm']} failed: {row['error']}"
-            yield Miss(f"host {row['chain']}", (row["arm"], row["mode"]), text)
-        elif row["what"] == "call":
-            calls.setdefault((row["chain"], row["mode"]), {})[row["arm"]] = row["median_us"]
-        elif row["what"] == "import":
-            if row["median_ms"] > grid.IMPORT_MS:
-                yield Miss("import", GATEFUSE, f"{row['median_ms']} ms > {grid.IMPORT_MS}")
-            if row["initialises_cuda"]:
-                yield Miss("import", GATEFUSE, "initialises CUDA")
-        elif row["pass_ms"] > grid.PASS_SHARE * row["median_s"] * 1e3:
-            name = f"compile {row['chain']}"
-            yield _pass_miss(name, GATEFUSE, row["cache"], row["pass_ms"], row["median_s"])
-    for (chain, mode), times in calls.items():
-        if "inductor" in times and times.get("gatefuse-auto", 0.0) > times["inductor"]:
-            yield Miss(
-                f"host {chain}",
-                ("gatefuse-auto", mode),
-                f"{mode}: gatefuse {times['gatefuse-auto']:.1f} us > "
-                f"Inductor {times['inductor']:.1f}",
-            )
+def _sglang(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = rows.sort_values(["workload", "H", "N"], kind="stable")
+    rows["case"] = [f"{r.workload} H={r.H} N={r.N}" for r in rows.itertuples()]
+    theirs = rows[rows["provider"] == "sglang"].set_index("case")["median_us"]
+    return rows.assign(sglang_us=rows["case"].map(theirs), mode="beside sglang")
 
 
-def missing_of(results: Results, cells: Iterable[grid.Cell]) -> list[tuple[Key, str]]:
-    """The keys of ``cells`` that lack arms, and a text that names those, empty if all lack."""
-    lacking: dict[Key, list[str]] = {}
-    for cell in cells:
-        for key, arm in cell.measured():
-            if arm.draw:
-                continue
-            row = results.cells.get(key, {}).get((arm.name, arm.mode))
-            if row is None:
-                lacking.setdefault(key, []).append(f"{arm.name}, {arm.mode}")
-            elif cell.hot and "hot_median_us" not in row and "error" not in row:
-                lacking.setdefault(key, []).append(f"{arm.name}, {arm.mode}, hot")
-    return [
-        (key, f": {'; '.join(arms)}" if key in results.cells else "")
-        for key, arms in lacking.items()
-    ]
+def modules_beside_inductor(modules: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the time and kernels of Inductor in the same mode."""
+    columns = dict.fromkeys([*modules.columns, "kernels", "pass_ms", "compile_s"])
+    modules = modules.reindex(columns=list(columns))
+    of = [*MODULE, "mode"]
+    inductor = modules[modules["provider"] == "inductor"][[*of, "median_us", "kernels"]]
+    inductor = inductor.rename(columns={"median_us": "inductor_us", "kernels": "inductor_kernels"})
+    modules = modules.merge(inductor, on=of, how="left").sort_values(MODULE, kind="stable")
+    return modules.assign(
+        case=[f"{r.model} {r.part} N={r.tokens}" for r in modules.itertuples()],
+        what=modules["mode"],
+        ratio=modules["median_us"] / modules["inductor_us"],
+        pass_percent=modules["pass_ms"] / modules["compile_s"] / 10,
+    )
 
 
-def missing(results: Results) -> list[tuple[Key | BlockKey | str, str]]:
-    """What the committed results should hold and do not."""
-    lacking: list[tuple[Key | BlockKey | str, str]] = []
-    for one in (*grid.GRIDS.values(), grid.CPU_GRID):
-        lacking += missing_of(results, one.cells())
-    for cell in grid.block_cells():
-        for arm in ("inductor", "gatefuse-auto"):
-            if (arm, cell.mode) not in results.blocks.get(cell.key, {}):
-                lacking.append((cell.key, f": {arm}, {cell.mode}"))
+def _host(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    columns = ["what", "workload", "provider", "mode", "cache", "error", "initialises_cuda"]
+    columns += ["median_us", "median_ms", "median_s", "pass_ms"]
+    frame = numeric(pd.DataFrame(rows).reindex(columns=columns))
+    case = {"call": "host {}", "compile": "compile {}", "import": "import"}
+    frame["case"] = [case[r.what].format(r.workload) for r in frame.itertuples()]
+    is_import, is_compile = (frame["what"] == what for what in ("import", "compile"))
+    frame.loc[is_import, ["provider", "mode"]] = ["gatefuse-auto", "default"]
+    inductor = frame[(frame["provider"] == "inductor") & (frame["what"] == "call")]
+    theirs = dict(zip(zip(inductor["workload"], inductor["mode"]), inductor["median_us"]))
+    return frame.assign(
+        inductor_us=[theirs.get(key) for key in zip(frame["workload"], frame["mode"])],
+        compile_s=frame["median_s"],
+        what=frame["cache"].where(is_compile, frame["what"]),
+        pass_percent=frame["pass_ms"] / frame["median_s"] / 10,
+    )
+
+
+def missing_of(results: Results, cases: Iterable[grid.Case]) -> list[tuple[str, str]]:
+    """The cases that lack providers, and a text that names those, empty if all lack."""
+    found = results.cases
+    keys = found[[*CASE, "provider", "mode"]].itertuples(index=False, name=None)
+    measured = dict(zip(keys, found["error"].notna() | found["hot_median_us"].notna()))
+    lacking: dict[grid.Key, list[str]] = {}
+    for key, p in grid.measured(cases):
+        hot = measured.get((*key, p.name, p.mode))
+        if not p.draw and (hot is None or (grid.is_hot(key) and not hot)):
+            text = f"{p.name}, {p.mode}" + (", hot" if hot is not None else "")
+            lacking.setdefault(key, []).append(text)
+    some = set(found["case"])
+    return [(str(k), f": {'; '.join(of)}" if str(k) in some else "") for k, of in lacking.items()]
+
+
+def missing(results: Results) -> list[tuple[str, str]]:
+    """What the committed results should cover and do not."""
+    lacking = [part for one in grid.GRIDS.values() for part in missing_of(results, one.cases())]
+    modules = results.modules[[*MODULE, "provider", "mode"]].itertuples(index=False, name=None)
+    measured = set(modules)
+    for case in grid.module_cases():
+        for provider in grid.MODULE_PROVIDERS:
+            if (case.model, case.part, case.tokens, provider, case.mode) not in measured:
+                name = f"{case.model} {case.part} N={case.tokens}"
+                lacking.append((name, f": {provider}, {case.mode}"))
     host = {(row["what"], row.get("cache", "")) for row in results.host}
     for what in (("call", ""), ("import", ""), ("compile", "cold"), ("compile", "warm")):
         if what not in host:

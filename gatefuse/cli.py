@@ -1,8 +1,8 @@
 """The `gatefuse` command: `gatefuse demo`, `gatefuse bench` and `gatefuse env`.
 
 Exit codes: 0 when all is well; 1 when the demo finds a gate that was not fused or a result that
-differs, a benchmark fails or misses a mark, or this PyTorch is not supported; 2 when the command
-cannot run, or a benchmark's time was over.
+differs, the benchmark finds a provider that fails, or `env` that this PyTorch is not supported; 2
+when the command cannot run, or the benchmark's time was over before all was measured.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
-
-from benchmarks import __main__ as command
 
 __all__ = ["main"]
 
@@ -108,6 +107,23 @@ def _demo(args: argparse.Namespace) -> int:
     return 0 if result.passed else 1
 
 
+def _bench(args: argparse.Namespace) -> int:
+    import torch
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        print("gatefuse: PyTorch finds no CUDA device here", file=sys.stderr)
+        return 2
+    if (reason := (environment := _environment())["unsupported"]) is not None:
+        print(f"gatefuse: nothing is fused: {reason}", file=sys.stderr)
+        return 2
+    from gatefuse.bench import run
+
+    path, code = run.run(device, args.out, args.time_budget, args.quick, environment)
+    print(f"{path} has all results")
+    return code
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gatefuse",
@@ -133,7 +149,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
     demo.set_defaults(run=_demo)
 
-    command.add_to(commands)
+    bench = commands.add_parser(
+        "bench",
+        help="check and time gatefuse against Inductor on this machine, in two minutes",
+    )
+    bench.add_argument("--out", type=Path, default=Path("gatefuse-bench"), metavar="DIR")
+    bench.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
+    bench.add_argument("--time-budget", type=float, default=120, metavar="SECONDS")
+    bench.add_argument("--quick", action="store_true", help="smallest sizes: does it run?")
+    bench.set_defaults(run=_bench)
 
     env = commands.add_parser("env", help="print versions and whether this PyTorch is supported")
     env.add_argument("--json", action="store_true", help="print as JSON")

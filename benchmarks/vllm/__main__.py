@@ -1,16 +1,13 @@
 """What does the fused gate gain in vLLM? Tokens per second, and the device's work in a step.
 
-    python -m benchmarks.vllm.__main__ --out DIR [--model qwen2_moe|qwen3_next] [--layers N]
-        [--arms vllm,plugin,...] [--workloads decode-16,...] [--rounds 8] [--together 2]
-        [--starts 1] [--gpus 1] [--time-budget 560] [--tiny]
-    python -m benchmarks.vllm.__main__ --table FILE...
+    python -m benchmarks.vllm --out DIR [--model qwen2_moe|qwen3_next] [--providers vllm,...]
 
 Offline engines with dummy weights of the model's shapes in bfloat16: no network, no checkpoint, no
-tokenizer. Each arm is an engine in a process of its own. ``--together`` engines are up at the same
-time and take turns, so that what drifts hits them alike; each runs while the others wait. The
-speed of an engine also differs from start to start: with ``--starts`` they are all started so many
-times, and profiled the first time. With ``--gpus 2`` two engines that are up together have a GPU
-each, so that more layers fit, and work at the same time; they change places at each start. Arms:
+tokenizer. Each provider is an engine in a process of its own. ``--together`` engines are up at the
+same time and take turns, so drift hits them alike. An engine's speed also differs from start to
+start: with ``--starts`` all are started so many times, and profiled the first time. With ``--gpus
+2`` two engines that are up together have a GPU each and work at the same time; they change places
+at each start. Providers:
 
 - ``vllm``: vLLM as it is (GATEFUSE_DISABLE=1).
 - ``plugin``: gatefuse's plugin.
@@ -18,16 +15,12 @@ each, so that more layers fit, and work at the same time; they change places at 
   shared expert.
 - ``hand-kernel``: the gate as one kernel inside vLLM's opaque MoE op, as vLLM's PR #43190.
 
-The result file has a row for each arm, workload and start: seconds of each round, tokens per
-second, and what a profiled step holds, by kernel; and for each arm the lines that gatefuse logged.
-It is written after each group of engines. DIR also gets the engines' logs.
+An engine that is not what its provider claims, by what gatefuse logged in it, is refused:
+``plugin`` where no gate was fused, the others where one was.
 
-gatefuse need not be installed: where its entry points are not found, the engines' processes get
-them from pyproject.toml. So on a machine without a network, where vLLM can be imported, from the
-root of a checkout, each within ten minutes:
-
-    python -m benchmarks.vllm.__main__ --out OUT --model qwen2_moe
-    python -m benchmarks.vllm.__main__ --out OUT --model qwen3_next
+The result file has a row for each provider, workload and start: seconds of each round, tokens per
+second, and what a profiled step holds, by kernel. DIR also gets the engines' logs. gatefuse need
+not be installed: where its entry points are not found, the engines get them from pyproject.toml.
 """
 
 from __future__ import annotations
@@ -43,92 +36,21 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from benchmarks import store as results
+from benchmarks import model_zoo, store
 from benchmarks.vllm import tables as vllm_tables
 from benchmarks.vllm.engine import Workload
 from benchmarks.vllm.group import Group, Remote
 
 OFF, NO_OVERLAP = {"GATEFUSE_DISABLE": "1"}, {"VLLM_DISABLE_SHARED_EXPERTS_STREAM": "1"}
-ARMS: dict[str, dict[str, str]] = {
+PROVIDERS: dict[str, dict[str, str]] = {
     "vllm": OFF,
     "plugin": {},
     "plugin-no-overlap": NO_OVERLAP,
     "hand-kernel": OFF,
     "vllm-no-overlap": OFF | NO_OVERLAP,
 }
-DEFAULT_ARMS = ("vllm", "plugin", "plugin-no-overlap", "hand-kernel")
+DEFAULT = ("vllm", "plugin", "plugin-no-overlap", "hand-kernel")
 
-COMMON: dict[str, Any] = dict(
-    torch_dtype="bfloat16",
-    vocab_size=151936,
-    hidden_size=2048,
-    num_attention_heads=16,
-    decoder_sparse_step=1,
-    mlp_only_layers=[],
-    hidden_act="silu",
-    rms_norm_eps=1e-6,
-    max_position_embeddings=8192,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-MODELS: dict[str, dict[str, Any]] = {
-    # Qwen/Qwen1.5-MoE-A2.7B: 29 GB
-    "qwen2_moe": COMMON
-    | dict(
-        architectures=["Qwen2MoeForCausalLM"],
-        model_type="qwen2_moe",
-        num_hidden_layers=24,
-        num_key_value_heads=16,
-        intermediate_size=5632,
-        moe_intermediate_size=1408,
-        shared_expert_intermediate_size=5632,
-        num_experts=60,
-        num_experts_per_tok=4,
-        norm_topk_prob=False,
-        rope_theta=1e6,
-    ),
-    # Qwen/Qwen3-Next-80B-A3B: 12 of its 48 layers have 39 GB
-    "qwen3_next": COMMON
-    | dict(
-        architectures=["Qwen3NextForCausalLM"],
-        model_type="qwen3_next",
-        num_hidden_layers=12,
-        num_key_value_heads=2,
-        head_dim=256,
-        intermediate_size=5120,
-        moe_intermediate_size=512,
-        shared_expert_intermediate_size=512,
-        num_experts=512,
-        num_experts_per_tok=10,
-        norm_topk_prob=True,
-        full_attention_interval=4,
-        partial_rotary_factor=0.25,
-        linear_conv_kernel_dim=4,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
-        linear_num_key_heads=16,
-        linear_num_value_heads=32,
-        rope_theta=1e7,
-    ),
-}
-TINY: dict[str, Any] = dict(
-    num_hidden_layers=4,
-    vocab_size=512,
-    hidden_size=128,
-    head_dim=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=256,
-    moe_intermediate_size=64,
-    shared_expert_intermediate_size=128,
-    num_experts=4,
-    num_experts_per_tok=2,
-    linear_key_head_dim=64,
-    linear_value_head_dim=64,
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-)
 KV_GIB = {"qwen2_moe": 20, "qwen3_next": 10}
 
 WORKLOADS = (
@@ -142,15 +64,10 @@ TINY_WORKLOADS = (Workload("decode-2", 2, 4, 24), Workload("prefill", 2, 48, 2))
 
 
 def engine_arguments(model: str, folder: Path, tiny: bool) -> dict[str, Any]:
-    """Arguments of vLLM's LLM, the same for all arms."""
+    """Arguments of vLLM's LLM, the same for all providers."""
     arguments: dict[str, Any] = dict(
-        model=str(folder),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        seed=0,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
+        **dict(model=str(folder), load_format="dummy", skip_tokenizer_init=True),
+        **dict(dtype="bfloat16", seed=0, enable_prefix_caching=False, disable_log_stats=True),
         # Explicit, for engines that are started together would count each other's memory.
         gpu_memory_utilization=0.3,
         kv_cache_memory_bytes=(KV_GIB[model] << 30) if not tiny else 1 << 28,
@@ -167,9 +84,9 @@ def engine_arguments(model: str, folder: Path, tiny: bool) -> dict[str, Any]:
     return arguments
 
 
-def environment_of(arm: str, site: Path) -> dict[str, str]:
-    """Variables of the arm's process; ``site`` comes first in its path."""
-    path = [str(site), str(results.ROOT), os.environ.get("PYTHONPATH", "")]
+def environment_of(provider: str, site: Path) -> dict[str, str]:
+    """Variables of the provider's process and its children."""
+    path = [*paths_of(site), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "HF_HUB_OFFLINE": "1",
@@ -178,8 +95,13 @@ def environment_of(arm: str, site: Path) -> dict[str, str]:
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy: the sampler is not what is measured
         "VLLM_DISABLE_COMPILE_CACHE": "1",
         "GATEFUSE_DISABLE": "0",
-        **ARMS[arm],
+        **PROVIDERS[provider],
     }
+
+
+def paths_of(site: Path) -> list[str]:
+    """Where gatefuse's entry points are, and gatefuse."""
+    return [str(site), str(store.ROOT)]
 
 
 def write_entry_points(site: Path) -> None:
@@ -187,7 +109,7 @@ def write_entry_points(site: Path) -> None:
     group = "vllm.general_plugins"
     if any(p.name == "gatefuse" for p in importlib.metadata.entry_points(group=group)):
         return
-    project = tomllib.loads((results.ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((store.ROOT / "pyproject.toml").read_text())["project"]
     info = site / "gatefuse-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gatefuse\nVersion: 0\n")
@@ -201,11 +123,10 @@ def write_entry_points(site: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Measure or render; returns the exit code."""
     parser = argparse.ArgumentParser(description="tokens per second of vLLM with gatefuse")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE")
-    parser.add_argument("--model", choices=MODELS, default="qwen2_moe")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", choices=tuple(model_zoo.ENGINE_MODELS), default="qwen2_moe")
     parser.add_argument("--layers", type=int, help="another number of layers")
-    parser.add_argument("--arms", default=",".join(DEFAULT_ARMS))
+    parser.add_argument("--providers", default=",".join(DEFAULT))
     parser.add_argument("--workloads", help="default: all")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--starts", type=int, default=1, help="starts of each engine")
@@ -214,13 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--time-budget", type=float, default=560, help="seconds in all")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short workloads")
     arguments = parser.parse_args(argv)
-    if arguments.table:
-        for path in arguments.table:
-            print(vllm_tables.everything(json.loads(path.read_text())), end="\n\n")
-        return 0
-    arms = arguments.arms.split(",")
-    if arguments.out is None or not set(arms) <= set(ARMS):
-        parser.error(f"--out is needed, and arms among {', '.join(ARMS)}")
+    providers = arguments.providers.split(",")
+    if not set(providers) <= set(PROVIDERS):
+        parser.error(f"providers are {', '.join(PROVIDERS)}")
     workloads: tuple[Workload, ...] = TINY_WORKLOADS if arguments.tiny else WORKLOADS
     if arguments.workloads is not None:
         chosen = arguments.workloads.split(",")
@@ -231,20 +148,14 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     begin = time.monotonic()
-    config = MODELS[arguments.model] | (TINY if arguments.tiny else {})
-    config = config | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+    config = model_zoo.engine_config(arguments.model, arguments.layers, arguments.tiny)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    content: dict[str, Any] = {
-        "kind": "vllm",
-        "header": results.header(device, sys.argv[1:] if argv is None else argv),
-        "model": arguments.model + (", tiny" if arguments.tiny else ""),
-        "layers": config["num_hidden_layers"],
-        "config": config,
-        "engines": {},
-        "errors": [],
-        "rows": [],
-    }
-    out = results.new_path(arguments.out, f"vllm-{arguments.model}")
+    header = store.header(device, sys.argv[1:] if argv is None else argv)
+    content: dict[str, Any] = {"kind": "vllm", "header": header}
+    content["model"] = arguments.model + (", tiny" if arguments.tiny else "")
+    content |= {"layers": config["num_hidden_layers"], "config": config}
+    content |= {"engines": {}, "errors": [], "rows": []}
+    out = store.new_path(arguments.out, f"vllm-{arguments.model}")
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         (place / "model").mkdir()
@@ -252,25 +163,21 @@ def main(argv: list[str] | None = None) -> int:
         (place / "site").mkdir()
         write_entry_points(place / "site")
 
-        def start(arm: str, number: int, place_in_group: int) -> Remote:
-            environment = environment_of(arm, place / "site")
+        def start(provider: str, number: int, place_in_group: int) -> Remote:
+            environment = environment_of(provider, place / "site")
             if arguments.gpus > 1:
-                environment["CUDA_VISIBLE_DEVICES"] = str(
-                    (place_in_group + number) % arguments.gpus
-                )
-            return Remote(
-                arm,
-                engine_arguments(arguments.model, place / "model", arguments.tiny),
-                environment,
-                arguments.out / f"{out.stem}-{arm}{f'-{number}' if number else ''}.log",
-                deadline,
-            )
+                gpu = (place_in_group + number) % arguments.gpus
+                environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            log = arguments.out / f"{out.stem}-{provider}{f'-{number}' if number else ''}.log"
+            options = engine_arguments(arguments.model, place / "model", arguments.tiny)
+            paths = paths_of(place / "site")
+            return Remote(provider, options, environment, paths, log, deadline)
 
         deadline = begin + arguments.time_budget
         groups = [
-            (number, arms[i : i + arguments.together])
+            (number, providers[i : i + arguments.together])
             for number in range(arguments.starts)
-            for i in range(0, len(arms), arguments.together)
+            for i in range(0, len(providers), arguments.together)
         ]
         longest = 0.0
         for i, (number, names) in enumerate(groups):
@@ -278,17 +185,17 @@ def main(argv: list[str] | None = None) -> int:
             if number and group_begin + longest > deadline:
                 break
             share = group_begin + (deadline - group_begin) / (len(groups) - i)
-            engines = [start(arm, number, index) for index, arm in enumerate(names)]
+            engines = [start(provider, number, index) for index, provider in enumerate(names)]
             group = Group(engines, content, at_once=arguments.gpus > 1)
             try:
                 group.wait(workloads, number)
                 group.measure(arguments.rounds, share, deadline)
-                results.write(out, content)
+                store.write(out, content)
                 if number == 0:
                     group.profile()
             finally:
                 group.close()
-                results.write(out, content)
+                store.write(out, content)
             if number:  # the first time caches are cold, and profiles are taken
                 longest = max(longest, time.monotonic() - group_begin)
     print(vllm_tables.everything(content))

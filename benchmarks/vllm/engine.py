@@ -9,14 +9,10 @@ import os
 import random
 import sys
 import time
-import traceback
 from collections import Counter
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-__all__ = ["Workload", "serve"]
 
 WARM_STEPS, PROFILED_STEPS = 4, 16
 
@@ -35,38 +31,40 @@ class Workload:
         return self.tokens_out > self.tokens_in
 
 
-def serve(arm: str, arguments: dict[str, Any], log: Path, connection: Connection) -> None:
-    """Start an engine and answer ``(method, workload)`` with its result, until None.
+_engine: Engine  # of this process
 
-    The first answer tells about the start. An answer is ``(result, None)`` or ``(None, error)``.
-    The process's output goes to ``log``.
-    """
+
+def begin(environment: dict[str, str], paths: list[str], log: Path) -> None:
+    """Prepare this process; its output goes to ``log``. paths: where gatefuse and its entry points
+    are found. A spawned process takes over its parent's ``sys.path``, whatever PYTHONPATH says."""
+    os.environ.update(environment)
+    sys.path[:0] = paths
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    try:
-        engine = Engine(arm, arguments)
-        connection.send((engine.start, None))
-        while (request := connection.recv()) is not None:
-            method, workload = request
-            connection.send((getattr(engine, method)(workload), None))
-    except EOFError:
-        pass
-    except BaseException:
-        print(traceback.format_exc(), file=sys.stderr, flush=True)
-        connection.send((None, traceback.format_exc(limit=-4)))
+
+
+def start(provider: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Start this process's engine; what it tells about itself."""
+    global _engine
+    _engine = Engine(provider, arguments)
+    return _engine.start
+
+
+def ask(method: str, workload: Workload) -> Any:
+    """The result of a method of this process's engine."""
+    return getattr(_engine, method)(workload)
 
 
 class Engine:
     """An offline vLLM engine whose core runs in this process."""
 
-    def __init__(self, arm: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, provider: str, arguments: dict[str, Any]) -> None:
         begin = time.perf_counter()
         import torch
         import vllm
 
-        if arm == "hand-kernel":
-            hand_kernel()
+        gates = hand_kernel() if provider == "hand-kernel" else []
         self.llm = vllm.LLM(**arguments)
         self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,6 +75,7 @@ class Engine:
             "mode": config.compilation_config.mode.name,
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
+            "hand_gates": len(gates),
         }
 
     def _requests(self, workload: Workload, tokens_out: int) -> tuple[list[Any], Any]:
@@ -164,9 +163,8 @@ class Engine:
 
 def summary(events: list[tuple[str, int, int]], steps: int) -> dict[str, Any]:
     """Of ``(name, start, duration)`` in ns, over ``steps`` steps. Copies are no kernels."""
-    kernels = sorted(
-        (e for e in events if not e[0].startswith(("Memcpy", "Memset"))), key=lambda e: e[1]
-    )
+    kernels = [event for event in events if not event[0].startswith(("Memcpy", "Memset"))]
+    kernels.sort(key=lambda event: event[1])
     busy, end, last = 0, 0, 0
     count: Counter[str] = Counter()
     total: Counter[str] = Counter()
@@ -186,29 +184,29 @@ def summary(events: list[tuple[str, int, int]], steps: int) -> dict[str, Any]:
         "busy_us": round(busy * per_step, 2),
         "span_us": round(span * per_step, 2),
         "by_name": [
-            {
-                "name": name[:200],
-                "per_step": round(n / max(steps, 1), 3),
-                "us_per_step": round(total[name] * per_step, 3),
-            }
-            for name, n in sorted(count.items(), key=lambda item: -total[item[0]])
+            {"name": name[:200], "per_step": round(count[name] / max(steps, 1), 3)}
+            | {"us_per_step": round(duration * per_step, 3)}
+            for name, duration in total.most_common()
         ],
     }
 
 
-def hand_kernel() -> None:
+def hand_kernel() -> list[Any]:
     """Make vLLM's shared expert end with one kernel for its gate, inside the opaque MoE op, as
-    vLLM's PR #43190 does."""
+    vLLM's PR #43190 does. Returns the gates of the experts that are made from now on."""
     from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 
     from gatefuse import linear_sigmoid_mul
 
     init, forward = Qwen2MoeMLP.__init__, Qwen2MoeMLP.forward
+    gates: list[Any] = []
 
     def without_gate(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         # Beside the module's own names: the block holds the gate and loads its weight.
-        self.__dict__["hand_gate"], self.expert_gate = self.expert_gate, None
+        gate, self.expert_gate = self.expert_gate, None
+        self.__dict__["hand_gate"] = gate
+        gates.extend([gate] if gate is not None else [])
 
     def gated(self: Any, x: Any) -> Any:
         out = forward(self, x)
@@ -216,3 +214,4 @@ def hand_kernel() -> None:
         return out if gate is None else linear_sigmoid_mul(x, gate.weight, out)
 
     Qwen2MoeMLP.__init__, Qwen2MoeMLP.forward = without_gate, gated
+    return gates

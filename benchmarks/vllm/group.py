@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import multiprocessing
-import os
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, TimeoutError
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.vllm.engine import Workload, serve
+from pebble import ProcessExpired, ProcessPool
 
-__all__ = ["EngineError", "Group", "Remote"]
+from benchmarks.vllm import engine
+from benchmarks.vllm.engine import Workload
 
 MIN_ROUNDS = 5
 PROFILE_S = 30.0  # kept free for the profiles of a group
@@ -33,58 +31,62 @@ class EngineError(Exception):
 
 
 class Remote:
-    """An engine in another process."""
+    """An engine in another process, which starts with ``environment`` and ``paths``."""
 
     def __init__(
         self,
-        arm: str,
+        provider: str,
         arguments: dict[str, Any],
         environment: dict[str, str],
+        paths: list[str],
         log: Path,
         deadline: float,
     ) -> None:
-        self.arm, self.log, self.deadline = arm, log, deadline
+        self.provider, self.log, self.deadline = provider, log, deadline
         context = multiprocessing.get_context("spawn")
-        self._connection: Connection
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(arm, arguments, log, theirs))
-        before = dict(os.environ)
-        os.environ.update(environment)  # what a spawned process starts with
-        try:
-            self._process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-        theirs.close()
+        initial = (environment, paths, log)
+        self._pool = ProcessPool(1, initializer=engine.begin, initargs=initial, context=context)
+        self._answer = self._schedule(engine.start, provider, arguments)
+
+    def _schedule(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        left = max(1.0, self.deadline + GRACE_S - time.monotonic())
+        return self._pool.schedule(function, args=args, timeout=left)
+
+    def ask(self, method: str, workload: Workload) -> None:
+        """What is asked is told by :meth:`answer`."""
+        self._answer = self._schedule(engine.ask, method, workload)
 
     def answer(self) -> Any:
-        if not self._connection.poll(max(0.0, self.deadline + GRACE_S - time.monotonic())):
-            raise EngineError(f"{self.arm}: no answer before the deadline")
         try:
-            result, error = self._connection.recv()
-        except (EOFError, ConnectionError):
-            raise EngineError(f"{self.arm}: the process died; see its log") from None
-        if error is not None:
-            raise EngineError(f"{self.arm}: {error}")
-        return result
+            return self._answer.result()
+        except TimeoutError:
+            raise EngineError(f"{self.provider}: no answer before the deadline") from None
+        except ProcessExpired:
+            raise EngineError(f"{self.provider}: the process died; see its log") from None
+        except Exception as error:
+            raise EngineError(f"{self.provider}: {error!r}") from error
 
     def lines(self) -> list[str]:
         """gatefuse's lines in the engine's log, without prefixes."""
         return re.findall(r"gatefuse: .*", self.log.read_text())
 
-    def ask(self, method: str, workload: Workload) -> None:
-        """What is asked is told by :meth:`answer`."""
-        try:
-            self._connection.send((method, workload))
-        except ConnectionError:
-            raise EngineError(f"{self.arm}: the process died; see its log") from None
-
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.send(None)
-        self._process.join(10)
-        self._process.kill()
-        self._process.join()
+        self._pool.stop()
+        self._pool.join()
+
+
+def refusal(provider: str, start: dict[str, Any]) -> str | None:
+    """Why an engine is not what its provider claims to be, or None. start: what it told, with the
+    ``lines`` that gatefuse logged in it."""
+    log = "\n".join(start["lines"])
+    fused = sum(map(int, re.findall(r"gatefuse: (\d+) of \d+ shared-expert gates fused", log)))
+    if provider.startswith("plugin"):
+        return None if fused else "for no gate was fused: it would be vLLM against itself"
+    if fused:
+        return f"for gatefuse fused {fused} gates"
+    if provider == "hand-kernel" and not start["hand_gates"]:
+        return "for no gate has the hand-written kernel"
+    return None
 
 
 class Group:
@@ -104,14 +106,19 @@ class Group:
 
     def wait(self, workloads: Sequence[Workload], start_number: int) -> None:
         """Until all have started; ``start_number`` counts the starts of each."""
-        for engine in list(self.engines):
-            if (start := self._try(engine, engine.answer)) is FAILED:
+        for remote in list(self.engines):
+            if (start := self._answer(remote)) is FAILED:
                 continue
-            self.content["engines"][engine.arm] = start | {"lines": engine.lines()}
-            print(f"{engine.arm}: {json.dumps(self.content['engines'][engine.arm])}", flush=True)
+            start |= {"lines": remote.lines()}
+            print(f"{remote.provider}: {json.dumps(start)}", flush=True)
+            if (problem := refusal(remote.provider, start)) is not None:
+                self._drop(remote, f"{remote.provider}: refused, {problem}")
+                continue
+            self.content["engines"][remote.provider] = start
             for workload in workloads:
-                row = {"arm": engine.arm, **asdict(workload), "start": start_number, "seconds": []}
-                self.rows[engine.arm, workload] = row
+                of = {"provider": remote.provider, **asdict(workload), "start": start_number}
+                row = {**of, "seconds": []}
+                self.rows[remote.provider, workload] = row
                 self.content["rows"].append(row)
 
     def measure(self, rounds: int, share: float, deadline: float) -> None:
@@ -123,13 +130,14 @@ class Group:
             if begin + longest > limit - PROFILE_S:
                 break
             first = done % max(1, len(self.engines))
-            for (arm, workload), seconds in self._ask("time", first):
+            for (provider, workload), seconds in self._ask("time", first):
                 if done:
-                    self.rows[arm, workload]["seconds"].append(round(seconds, 5))
+                    self.rows[provider, workload]["seconds"].append(round(seconds, 5))
             longest = max(longest, time.monotonic() - begin) if done else 0.0
             print(f"round {done} ({time.monotonic() - begin:.0f} s)", flush=True)
         if self.engines and not longest:
-            self._note(f"{', '.join(e.arm for e in self.engines)}: too little time for a round")
+            names = ", ".join(remote.provider for remote in self.engines)
+            self._note(f"{names}: too little time for a round")
         for row in self.rows.values():
             row |= rates(row)
 
@@ -141,33 +149,32 @@ class Group:
         """Ask every engine about each workload, beginning with another one each time."""
         for workload in dict.fromkeys(workload for _, workload in self.rows):
             engines = self.engines[first:] + self.engines[:first]
-            for turn in [engines] if self.at_once else [[engine] for engine in engines]:
-                asked = [
-                    engine
-                    for engine in turn
-                    if self._try(engine, functools.partial(engine.ask, method, workload))
-                    is not FAILED
-                ]
-                for engine in asked:
-                    if (answer := self._try(engine, engine.answer)) is not FAILED:
-                        yield (engine.arm, workload), answer
+            for turn in [engines] if self.at_once else [[remote] for remote in engines]:
+                for remote in turn:
+                    remote.ask(method, workload)
+                for remote in turn:
+                    if (answer := self._answer(remote)) is not FAILED:
+                        yield (remote.provider, workload), answer
 
-    def _try(self, engine: Remote, call: Callable[[], Any]) -> Any:
+    def _answer(self, remote: Remote) -> Any:
         try:
-            return call()
+            return remote.answer()
         except EngineError as error:
-            self._note(str(error))
-            self.engines.remove(engine)
-            engine.close()
+            self._drop(remote, str(error))
             return FAILED
+
+    def _drop(self, remote: Remote, error: str) -> None:
+        self._note(error)
+        self.engines.remove(remote)
+        remote.close()
 
     def _note(self, error: str) -> None:
         self.content["errors"].append(error)
         print(error, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        for engine in self.engines:
-            engine.close()
+        for remote in self.engines:
+            remote.close()
 
 
 def rates(row: dict[str, Any]) -> dict[str, Any]:

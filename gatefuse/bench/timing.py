@@ -1,26 +1,20 @@
-"""How long a call takes: device time through CUDA graphs, host time through the wall clock.
+"""How long a call takes on the device.
 
-Device time. A graph holds ``calls`` calls, each on another input set (weights included) of a
-rotation; the time of a replay divided by ``calls`` is one sample. Before each replay, outside the
-timed region, a buffer of three times the L2 cache is read, and no set is used twice in a replay
-unless the rotation is itself larger than that: every call finds its inputs in device memory.
-Before that read the device spins, as long as the host may need to launch the graph: no launch
-latency is timed. Replays of all arms are interleaved, one per arm and round, in a random order and
-then in its reverse, so that drift of clocks and what an arm leaves behind (spinning threads, say)
-hit all alike.
-
-On the CPU the same plan runs as a plain loop under the wall clock.
+A sample is the replay of a CUDA graph of many calls (on the CPU: a loop under the wall clock), each
+on another input set of a rotation. A buffer of three times the L2 cache is read before each replay,
+and no set is used twice in one unless the rotation is larger than that: every call finds its inputs
+in device memory. Before that read the device spins while the host launches the graph. All providers
+take turns, in a random order and then in its reverse: drift hits all alike.
 """
 
 from __future__ import annotations
 
 import functools
-import gc
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -35,109 +29,76 @@ SPIN_CYCLES = 1_000_000
 """About half a millisecond; a graph of some hundred kernels is launched in less."""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds per call over ``repeats`` samples of ``calls`` calls each."""
-
-    median_us: float
-    p10_us: float
-    p90_us: float
-    repeats: int
-    calls: int
-
-    @classmethod
-    def of(cls, samples_us: list[float], calls: int) -> Timing:
-        p10, median, p90 = (percentile(samples_us, q) for q in (0.1, 0.5, 0.9))
-        return cls(median, p10, p90, len(samples_us), calls)
-
-
-def percentile(samples: list[float], q: float) -> float:
-    """Quantile ``q`` in [0, 1] of ``samples``, linear between neighbours."""
-    ordered = sorted(samples)
-    position = q * (len(ordered) - 1)
-    low = math.floor(position)
-    high = math.ceil(position)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+def columns(samples_us: list[float], calls: int) -> dict[str, Any]:
+    """Columns of a result row: µs per call over samples of ``calls`` calls each."""
+    several = samples_us if len(samples_us) > 1 else samples_us * 2
+    p10, *_, p90 = statistics.quantiles(several, n=10, method="inclusive")
+    times = {"median_us": statistics.median(samples_us), "p10_us": p10, "p90_us": p90}
+    shown = {name: round(us, 4) for name, us in times.items()}
+    return {**shown, "repeats": len(samples_us), "calls": calls}
 
 
 @functools.cache
 def cache_bytes(device: str) -> int:
     """Size of the device's last cache; on the CPU a nominal 16 MiB."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    return 16 << 20
+    return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 16 << 20
 
 
-@functools.cache
-def _flush_buffer(device: str) -> torch.Tensor:
-    return torch.zeros(COLD_FACTOR * cache_bytes(device) // 4, device=device)
+def plan(set_bytes: int, moved_bytes: int, kernels: int, device: str) -> tuple[int, int]:
+    """Number of input sets, of ``set_bytes``, and of calls in a sample, a multiple of it. A call
+    moves ``moved_bytes`` in at least ``kernels`` launches.
 
-
-@dataclass(frozen=True)
-class Plan:
-    """``sets`` independent input sets, ``calls`` calls in a sample (a multiple of ``sets``)."""
-
-    sets: int
-    calls: int
-
-
-def plan(set_bytes: int, moved_bytes: int, kernels: int, device: str) -> Plan:
-    """Sets of ``set_bytes`` and calls that move ``moved_bytes`` in at least ``kernels`` launches.
-
-    A sample lasts about 1.5 ms at the least, which makes the few microseconds around a replay
-    vanish, and the rotation is larger than ``COLD_FACTOR`` caches or as long as the sample.
+    A sample lasts 1.5 ms or more, which makes the few microseconds around a replay vanish, and the
+    rotation is larger than ``COLD_FACTOR`` caches or as long as the sample.
     """
     bytes_per_us, launch_us, sample_us = (4.3e6, 1.0, 1500) if device == "cuda" else (1e4, 50, 2000)
     floor_us = max(moved_bytes / bytes_per_us, kernels * launch_us)
     calls = min(max(math.ceil(sample_us / floor_us), 4), MAX_CALLS)
     sets = min(max(math.ceil(COLD_FACTOR * cache_bytes(device) / set_bytes), 2), calls)
-    return Plan(sets, math.ceil(calls / sets) * sets)
+    return sets, math.ceil(calls / sets) * sets
 
 
 class Replay:
     """``calls`` calls of ``call(i)``, i counting up, captured in a CUDA graph (on the CPU: a loop).
 
     ``outputs`` are those of the last call; on CUDA each :meth:`run` writes them again in place.
-    ``call`` must have run before, so that nothing compiles or tunes during the capture.
+    ``call`` must have run before: nothing may compile or tune during the capture.
     """
 
     def __init__(
         self, call: Callable[[int], tuple[torch.Tensor, ...]], calls: int, device: str, pool: Any
     ) -> None:
-        self.call = call
         self.calls = calls
         self.outputs: tuple[torch.Tensor, ...] = ()
-        self._graph: torch.cuda.CUDAGraph | None = None
 
         def run_all() -> None:
             for i in range(calls):
                 self.outputs = call(i)
 
+        self.run = run_all
         if device == "cuda":
-            self._graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # The outer context restores the stream if the capture fails.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
             ):
                 run_all()
-            self.run = self._graph.replay
-        else:
-            self.run = run_all
+            self.run = graph.replay
 
 
-def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Key, Timing]:
-    """Device time per call of each replay; one sample of each in every round.
+def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Key, dict[str, Any]]:
+    """Device time per call of each replay, as columns; one sample of each in every round.
 
     After ``ENOUGH_S`` seconds, which a slow CPU may need for large inputs, fewer rounds are enough.
     """
     samples: dict[Key, list[float]] = {key: [] for key in replays}
-    flush = _flush_buffer(device)
+    flush = torch.zeros(COLD_FACTOR * cache_bytes(device) // 4, device=device)
     shuffled = random.Random(0)
     order = list(replays)
 
     def sample_all(round_: int) -> None:
-        # Every second round is the reverse of the one before: of two arms each is first as often.
+        # Every second round reverses the one before: of two providers each is first as often.
         if round_ % 2:
             order.reverse()
         else:
@@ -147,21 +108,21 @@ def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Ke
             replay = replays[key]
             if device == "cuda":
                 torch.cuda._sleep(SPIN_CYCLES)
-            flush.sum()
-            if device == "cuda":
+                flush.sum()
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 replay.run()
                 end.record()
-                events.append((key, start, end, replay.calls))
+                events.append((key, start, end))
             else:
+                flush.sum()
                 begin = time.perf_counter()
                 replay.run()
                 samples[key].append((time.perf_counter() - begin) * 1e6 / replay.calls)
         if device == "cuda":
             torch.cuda.synchronize()
-        for key, start, end, calls in events:
-            samples[key].append(start.elapsed_time(end) * 1e3 / calls)
+        for key, start, end in events:
+            samples[key].append(start.elapsed_time(end) * 1e3 / replays[key].calls)
 
     # Two rounds upload the graphs and bring the clocks up; they are thrown away.
     for round_ in range(2):
@@ -173,33 +134,4 @@ def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Ke
         if done >= LEAST_ROUNDS and time.monotonic() - begin > ENOUGH_S:
             break
         sample_all(done)
-    return {key: Timing.of(samples[key], replays[key].calls) for key in replays}
-
-
-def host_times(
-    calls: dict[Key, Callable[[], Any]], device: str, batch: int = 64, rounds: int = 50
-) -> dict[Key, Timing]:
-    """Host time per call without CUDA graphs: the wall clock over batches of ``batch`` calls.
-
-    The device is synchronised after each batch, outside the timed region, and a batch is far
-    shorter than the launch queue: the host never waits for the device, which is meaningful as long
-    as a call takes the device less time than the host.
-    """
-    samples: dict[Key, list[float]] = {key: [] for key in calls}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for round_ in range(rounds + 2):  # the first two are thrown away
-            for key, call in calls.items():
-                begin = time.perf_counter()
-                for _ in range(batch):
-                    call()
-                elapsed = time.perf_counter() - begin
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                if round_ >= 2:
-                    samples[key].append(elapsed * 1e6 / batch)
-    finally:
-        if collecting:
-            gc.enable()
-    return {key: Timing.of(samples[key], batch) for key in calls}
+    return {key: columns(samples[key], replays[key].calls) for key in replays}

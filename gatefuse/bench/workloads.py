@@ -1,22 +1,21 @@
 """What is measured: the gate alone, with the routed add, and inside a decoder layer's glue.
 
-Every chain is a module over inputs ``[N, H]`` of one dtype, run under ``torch.no_grad()``.
-``byte_count`` is the least traffic: each input and weight read once, each output written once.
+Every workload is a module from ``inputs`` tensors ``[N, H]`` of one dtype to a tuple.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.grid import NO_GATE, VARIANTS
+from gatefuse.bench.cases import NO_GATE
 
 EXPERTS = 64  # rows of the router
-SHARED = 512  # inner width of the shared expert, where it is part of the chain
 
 
 class RMSNorm(nn.Module):
@@ -32,175 +31,87 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-class Chain(nn.Module):
-    """A measured module; :meth:`forward` takes ``inputs`` tensors ``[N, H]``, returns a tuple.
+class Gate(nn.Module):
+    """``sigmoid(x @ w.T) * v``, with ``add`` plus the routed experts' output."""
 
-    ``kernels`` is the least number of launches anything could do it in.
-    """
+    kernels = 1  # the least number of launches anything could do it in
 
-    inputs: int
-    kernels: int = 1
-
-    def __init__(self, H: int) -> None:
+    def __init__(self, H: int, add: bool = False) -> None:
         super().__init__()
-        self.H = H
+        self.inputs = 3 if add else 2
+        self.gate = nn.Linear(H, 1, bias=False)
 
-    def input_bytes(self, N: int) -> int:
-        """Bytes of the inputs and weights."""
-        weights = list(self.parameters())
-        elements = self.inputs * N * self.H + sum(p.numel() for p in weights)
-        return elements * weights[0].element_size()
+    def forward(self, x: Tensor, v: Tensor, *routed: Tensor) -> tuple[Tensor, ...]:
+        out = F.sigmoid(self.gate(x)) * v
+        return (routed[0] + out if routed else out,)
 
-    def byte_count(self, N: int) -> int:
-        """Bytes of the inputs, weights and outputs."""
-        itemsize = next(self.parameters()).element_size()
-        return self.input_bytes(N) + N * self.output_width() * itemsize
-
-    def output_width(self) -> int:
-        """Elements per row of all outputs together."""
-        return self.H
-
-    def limit(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def roofline(self, x: Tensor, v: Tensor, *routed: Tensor) -> tuple[Tensor, ...]:
         """An elementwise PyTorch op that moves the same bytes."""
-        raise NotImplementedError
+        return (torch.addcmul(routed[0], x, v) if routed else torch.add(x, v),)
 
-    def op(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The chain through :func:`gatefuse.linear_sigmoid_mul`."""
-        raise NotImplementedError
-
-
-class Mul(Chain):
-    """``sigmoid(x @ w.T) * v``"""
-
-    inputs = 2
-
-    def __init__(self, H: int) -> None:
-        super().__init__(H)
-        self.gate = nn.Linear(H, 1, bias=False)
-
-    def forward(self, x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return (F.sigmoid(self.gate(x)) * v,)
-
-    def limit(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        x, v = inputs
-        return (torch.add(x, v),)
-
-    def op(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def op(self, x: Tensor, v: Tensor, *routed: Tensor) -> tuple[Tensor, ...]:
+        """The same through :func:`gatefuse.linear_sigmoid_mul`."""
         import gatefuse
 
-        x, v = inputs
-        return (gatefuse.linear_sigmoid_mul(x, self.gate.weight, v),)
+        addend = routed[0] if routed else None
+        return (gatefuse.linear_sigmoid_mul(x, self.gate.weight, v, addend=addend),)
 
 
-class Add(Chain):
-    """``routed + sigmoid(x @ w.T) * v``"""
-
-    inputs = 3
-
-    def __init__(self, H: int) -> None:
-        super().__init__(H)
-        self.gate = nn.Linear(H, 1, bias=False)
-
-    def forward(self, routed: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return (routed + F.sigmoid(self.gate(x)) * v,)
-
-    def limit(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        routed, x, v = inputs
-        return (torch.addcmul(routed, x, v),)
-
-    def op(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        import gatefuse
-
-        routed, x, v = inputs
-        return (gatefuse.linear_sigmoid_mul(x, self.gate.weight, v, addend=routed),)
-
-
-@torch.library.custom_op("gatefuse_bench::opaque", mutates_args=())
-def opaque(x: Tensor) -> Tensor:
-    """Something that Inductor cannot look into, such as a collective: a copy."""
-    return x.clone()
-
-
-@opaque.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-class Glue(Chain):
+class Glue(nn.Module):
     """The glue of a decoder layer: norm, router, gate, routed add, residual, next norm.
 
-    gated: False leaves out the gate and nothing else. variant: one of
-
-    - ``""``: all of it, on ``[N, H]``.
-    - ``"alone"``: no residual and no next norm; the sum is an output.
-    - ``"add-then-reshape"``, ``"reshape-then-add"``: the hidden states are ``[1, N, H]``, the
-      experts work on ``[N, H]``, and the routed add is done before or after the way back.
-    - ``"matmuls"``: the value is made from x by two matrix products and a SiLU, the shared expert.
-    - ``"opaque"``: an opaque call, such as an all-reduce, after the routed add.
+    gated: False leaves out the gate and nothing else.
     """
 
-    def __init__(self, H: int, gated: bool = True, variant: str = "") -> None:
-        super().__init__(H)
+    inputs = 3
+    kernels = 3  # norm, router, add and norm
+
+    def __init__(self, H: int, gated: bool = True) -> None:
+        super().__init__()
         self.gated = gated
-        self.variant = variant
-        self.inputs = 2 if variant == "matmuls" else 3
-        # norm, router, add and norm
-        self.kernels = {"alone": 2, "matmuls": 5, "opaque": 5}.get(variant, 3)
         self.norm_in = RMSNorm(H)
         self.router = nn.Linear(H, EXPERTS, bias=False)
-        if variant != "alone":
-            self.norm_out = RMSNorm(H)
-        if variant == "matmuls":
-            self.up = nn.Linear(H, SHARED, bias=False)
-            self.down = nn.Linear(SHARED, H, bias=False)
+        self.norm_out = RMSNorm(H)
         if gated:
             self.gate = nn.Linear(H, 1, bias=False)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        res, routed = inputs[:2]
-        reshaped = self.variant in ("add-then-reshape", "reshape-then-add")
-        if reshaped:
-            res = res.unsqueeze(0)
-        hidden = self.norm_in(res)
-        x = hidden.view(-1, self.H) if reshaped else hidden
+        res, routed, v = inputs
+        x = self.norm_in(res)
         logits = self.router(x)
-        v = self.down(F.silu(self.up(x))) if self.variant == "matmuls" else inputs[2]
         if self.gated:
             v = F.sigmoid(self.gate(x)) * v
-        if self.variant == "reshape-then-add":
-            out = routed.view(hidden.shape) + v.view(hidden.shape)
-        else:
-            out = routed + v
-        if self.variant == "add-then-reshape":
-            out = out.view(hidden.shape)
-        if self.variant == "opaque":
-            out = opaque(out)
-        if self.variant == "alone":
-            return logits, out
-        res = res + out
+        res = res + (routed + v)
         return logits, res, self.norm_out(res)
 
-    def output_width(self) -> int:
-        return EXPERTS + (self.H if self.variant == "alone" else 2 * self.H)
 
+WORKLOADS: dict[str, Callable[[int], Any]] = {
+    "mul": Gate,
+    "add": functools.partial(Gate, add=True),
+    "glue": Glue,
+    "glue" + NO_GATE: functools.partial(Glue, gated=False),
+}
+"""By name. The laboratory adds its own."""
 
-CHAINS: dict[str, Callable[[int], Chain]] = {"mul": Mul, "add": Add}
-for _name in ("glue", *VARIANTS):
-    _variant = _name.removeprefix("glue").removeprefix("-")
-    CHAINS[_name] = functools.partial(Glue, variant=_variant)
-    CHAINS[_name + NO_GATE] = functools.partial(Glue, variant=_variant, gated=False)
-
-InputSet = tuple[Chain, tuple[Tensor, ...]]
+InputSet = tuple[Any, tuple[Tensor, ...]]
 
 
 def make_set(name: str, H: int, N: int, dtype: torch.dtype, device: str) -> InputSet:
     """A module with random weights and its random inputs."""
     with torch.device(device):
-        module = CHAINS[name](H).to(dtype)
+        module = WORKLOADS[name](H).to(dtype)
         return module, tuple(torch.randn(N, H, dtype=dtype) for _ in range(module.inputs))
 
 
-def call(module: Chain, *inputs: Tensor) -> tuple[Tensor, ...]:
+def bytes_of(name: str, H: int, N: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of inputs and weights, and of these and the outputs: the least traffic."""
+    with torch.no_grad():
+        module, inputs = make_set(name, H, N, dtype, "meta")
+        read = [*inputs, *module.parameters()]
+        return sum(t.nbytes for t in read), sum(t.nbytes for t in [*read, *module(*inputs)])
+
+
+def call(module: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
     """What is compiled: one code object for all modules, so that weights can be rotated."""
     result: tuple[Tensor, ...] = module(*inputs)
     return result

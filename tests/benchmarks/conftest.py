@@ -1,23 +1,15 @@
-"""The laboratory imports the libraries of the extra `benchmarks`: without them its tests skip."""
+"""No reasons from the committed file: the tests bring their own."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 
-_LIBRARIES = ("filelock", "matplotlib", "pandas", "pebble", "tabulate")
-_MISSING = [name for name in _LIBRARIES if find_spec(name) is None]
+from tests.benchmarks.extra import need
 
 
-class _Skipped(pytest.Module):
-    def collect(self) -> list[pytest.Item | pytest.Collector]:
-        pytest.skip(f"needs the extra `benchmarks`: no {', '.join(_MISSING)}")
+@pytest.fixture(autouse=True)
+def _no_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    need()
+    from benchmarks import thresholds
 
-
-def pytest_pycollect_makemodule(
-    module_path: Path, parent: pytest.Collector
-) -> pytest.Module | None:
-    """Modules here import the laboratory, and it its libraries."""
-    return _Skipped.from_parent(parent, path=module_path) if _MISSING else None
+    monkeypatch.setattr(thresholds, "reasons", list)
