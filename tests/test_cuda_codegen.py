@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gatefuse
-from tests.support.cuda_codegen import Code, cuda_codegen, local_memory, on_cuda
+from tests.support.cuda_codegen import H200, Code, Device, cuda_codegen, local_memory, on_cuda
 from tests.support.form_table import BF16, FORMS, FP16, Form
 from tests.support.forms import addend_bias, linear, make_inputs
 from tests.support.reports import check_report
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 #: Fake tensors on a device that is not there have no backward; the emulated forms are the CPU's.
-_INFERENCE = [f for f in FORMS if not f.grad and not f.coordinate_descent and not f.autocast]
+INFERENCE = [f for f in FORMS if not f.grad and not f.coordinate_descent and not f.autocast]
 
 
 def generate(
@@ -35,11 +35,12 @@ def generate(
     dynamic: bool | None = False,
     fuse: bool = True,
     rows: bool = False,
+    device: Device = H200,
     **options: Any,
 ) -> tuple[Code, gatefuse.Report]:
-    """Compile `fn` for CUDA; `rows`: dimension 0 of the first shape and of its like is symbolic."""
+    """Compile `fn`; `rows`: dimension 0 of the first shape and of its like is symbolic."""
     torch._dynamo.reset()
-    with cuda_codegen() as generated, gatefuse.record() as report, torch.no_grad():
+    with cuda_codegen(device) as generated, gatefuse.record() as report, torch.no_grad():
         inputs = [torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes]
         if rows:
             for t in inputs:
@@ -51,7 +52,7 @@ def generate(
 
 
 @pytest.mark.parametrize("tuning", [False, True], ids=["default", "coordinate-descent"])
-@pytest.mark.parametrize("form", _INFERENCE, ids=lambda form: form.id)
+@pytest.mark.parametrize("form", INFERENCE, ids=lambda form: form.id)
 def test_forms(form: Form, tuning: bool) -> None:
     """CUDA's decompositions write each form differently from the CPU's."""
     with (

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +18,37 @@ triton = pytest.importorskip("triton")
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 
+import gatefuse
 from gatefuse import kernels
 from gatefuse.kernels import LaunchConfig, launch_config
+from tests.support.cuda_codegen import (
+    MI300X,
+    MI355X,
+    Device,
+    Driver,
+    cuda_codegen,
+    local_memory,
+    on_cuda,
+    spilled,
+)
+from tests.support.form_table import Form
+from tests.support.reports import check_report
+from tests.test_cuda_codegen import (
+    INFERENCE,
+    between_products,
+    block_end,
+    block_end_shapes,
+    generate,
+    glue,
+    glue_shapes,
+    glue_without_gate,
+    island,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
+]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -87,24 +111,6 @@ def every_launch(target: GPUTarget) -> list[Launch]:
     return [launch for _, launch in chosen.values()]
 
 
-class Driver:
-    """What Triton's driver is asked before a kernel is compiled. Triton keeps what it has compiled
-    by number of the device, so each target has its own."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-        self.device = 1000 + list(TARGETS.values()).index(target)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 class Compiler:
     """Stands in for the kernel: what is launched is compiled, with the arguments' alignment."""
 
@@ -124,6 +130,7 @@ _kernel = kernels.linear_sigmoid_mul_kernel
 def compile_launch(target: GPUTarget, launch: Launch) -> Any:
     """What `kernels.launch` would compile on a GPU, with every operand."""
     rows = 3
+    number = 1000 + list(TARGETS.values()).index(target)
 
     def make(*shape: int, dtype: torch.dtype = launch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -132,7 +139,7 @@ def compile_launch(target: GPUTarget, launch: Launch) -> Any:
     value, addend, out = (make(rows, launch.D) for _ in range(3))
     logit = make(rows, dtype=torch.float32)
     with (
-        mock.patch.object(triton.runtime.driver, "_active", Driver(target)),
+        mock.patch.object(triton.runtime.driver, "_active", Driver(target, number)),
         mock.patch.object(kernels, "linear_sigmoid_mul_kernel", Compiler()) as compiler,
     ):
         kernels.launch(
@@ -144,42 +151,32 @@ def compile_launch(target: GPUTarget, launch: Launch) -> Any:
     return compiler.compiled
 
 
-_BYTES = {"ubyte": 1, "ushort": 2, "short_d16": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
+_AMD_BYTES = {"ubyte": 1, "ushort": 2, "short_d16": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
 
 
-def nvidia_usage(asm: Any, folder: Path) -> tuple[int, list[int]]:
-    """Bytes of memory that a thread uses for want of registers, and of each global load."""
-    cubin = folder / "cubin"
-    cubin.write_bytes(asm["cubin"])
-    done = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True)
-    found = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", done.stdout)
-    assert found is not None, done
-    loads = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bu](\d+)\b", asm["ptx"])
-    return sum(map(int, found.groups())), [int(n or 1) * int(bits) // 8 for n, bits in loads]
-
-
-def amd_usage(asm: Any) -> tuple[int, list[int]]:
-    assert asm["hsaco"].startswith(b"\x7fELF")
-    text = asm["amdgcn"]
-    names = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    used = [re.search(rf"\.{name}:\s+(\d+)", text) for name in names]
-    loads = re.findall(r"^\s+(?:global|buffer|flat)_load_(\w+)", text, re.MULTILINE)
-    return sum(int(found[1]) for found in used), [_BYTES[load] for load in loads]
+def global_loads(asm: Any) -> list[int]:
+    """Bytes of each."""
+    if "ptx" in asm:
+        loads = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bu](\d+)\b", asm["ptx"])
+        return [int(n or 1) * int(bits) // 8 for n, bits in loads]
+    loads = re.findall(r"^\s+(?:global|buffer|flat)_load_(\w+)", asm["amdgcn"], re.MULTILINE)
+    return [_AMD_BYTES[load] for load in loads]
 
 
 def check(target: GPUTarget, launch: Launch, folder: Path) -> None:
     compiled = compile_launch(target, launch)
-    on_nvidia = target.backend == "cuda"
-    memory, loads = nvidia_usage(compiled.asm, folder) if on_nvidia else amd_usage(compiled.asm)
-    assert memory == 0, f"{memory} bytes of registers are spilled"
+    binary = compiled.asm["hsaco" if target.backend == "hip" else "cubin"]
+    assert binary.startswith(b"\x7fELF")
+    assert spilled(compiled.asm, folder) == 0
 
     config, size = launch.config, launch.dtype.itemsize
     threads = config.num_warps * target.warp_size
     assert threads <= 1024
-    if on_nvidia:
+    if target.backend == "cuda":
         order = re.findall(r"griddepcontrol\.(\w+)", compiled.asm["ptx"])
         assert order == ["wait", "launch_dependents"] * launch.pdl
     widest = min(16, max(1, min(config.block_h, config.block_d) // threads) * size)
+    loads = global_loads(compiled.asm)
     if launch.H % 16 == launch.D % 16 == 0:
         narrow = [n for n in loads if n < widest]
         assert len(narrow) <= 1, f"{narrow} bytes a load instead of {widest}; the bias is one"
@@ -214,3 +211,84 @@ def test_other_widths(name: str, h: int, d: int, tmp_path: Path) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         config = launch_config(64, h, d, dtype.itemsize, addend=True, dependent=pdl)
         check(target, Launch(h, d, dtype, config, pdl), tmp_path)
+
+
+# --- Inductor's code for ROCm -----------------------------------------------------------------
+
+_rocm = pytest.mark.parametrize("device", [MI300X, MI355X], ids=["gfx942", "gfx950"])
+_rows = pytest.mark.parametrize("rows", [False, True], ids=["static", "dynamic-rows"])
+
+
+def one_of_each_kind() -> list[Form]:
+    """Forms that differ in what they fuse and keep; what else they differ in is the matcher's, and
+    the same as on CUDA."""
+    kinds: dict[Any, Form] = {}
+    for f in INFERENCE:
+        kind = f.fused, f.addend, f.bias, f.keeps_logit, f.dynamic, f.gpu_placement
+        kinds.setdefault(kind, f)
+    return list(kinds.values())
+
+
+@pytest.mark.parametrize("form", one_of_each_kind(), ids=lambda form: form.id)
+def test_forms_on_rocm(form: Form) -> None:
+    with (
+        cuda_codegen(MI300X) as generated,
+        gatefuse.fusing(placement=form.gpu_placement) as report,
+        torch.no_grad(),
+    ):
+        dynamic = {"all": True, "rows": None, "": False}[form.dynamic]
+        torch.compile(form.fn, dynamic=dynamic)(*map(on_cuda, form.inputs()))
+    check_report(form, report)
+    assert "gatefuse.linear_sigmoid_mul" not in generated.code.source  # no call by the dispatcher
+
+
+@_rocm
+@_rows
+@pytest.mark.parametrize("h", [2048, 8192])
+def test_glue_on_rocm_is_one_kernel(h: int, rows: bool, device: Device, tmp_path: Path) -> None:
+    """Which computes each row in registers and spills none of them, as on CUDA."""
+    target_or_skip(str(device.arch))
+    code, report = generate(glue, glue_shapes(h), rows=rows, device=device)
+    without, _ = generate(glue_without_gate, glue_shapes(h)[:-1], rows=rows, device=device)
+    assert [site.placement for site in report.sites] == ["inline"]
+    assert len(code.launches) <= len(without.launches)
+    assert code.launches.count("extern_kernels.mm") == 1  # the router's
+    (kernel,) = code.kernels
+    assert kernel.startswith("triton_per_")
+    assert "DeviceProperties(type='hip'" in code.source
+    assert local_memory(code, kernel, tmp_path, device) == 0
+
+
+@_rocm
+@_rows
+def test_experts_sum_on_rocm_joins_the_gate(rows: bool, device: Device, tmp_path: Path) -> None:
+    target_or_skip(str(device.arch))
+    code, _ = generate(block_end, block_end_shapes(4096, 6), rows=rows, device=device)
+    (kernel,) = code.launches
+    assert kernel.startswith("triton_per_")
+    assert local_memory(code, kernel, tmp_path, device) == 0
+
+
+@_rocm
+@_rows
+def test_island_on_rocm_is_one_launch(rows: bool, device: Device, tmp_path: Path) -> None:
+    target_or_skip(str(device.arch))
+    shapes = [(64, 2048), (1, 2048), (64, 2048), (64, 2048)]
+    code, report = generate(island, shapes, rows=rows, device=device)
+    assert [site.placement for site in report.sites] == ["kernel"]
+    (kernel,) = code.launches
+    assert code.user_kernels == [kernel]
+    assert code.divisible_by_16(kernel) >= {
+        *("input_ptr", "weight_ptr", "value_ptr", "addend_ptr", "out_ptr"),
+        *("input_stride", "value_stride", "addend_stride", "out_stride"),
+    }
+    assert local_memory(code, kernel, tmp_path, device) == 0
+
+
+@_rocm
+def test_matrix_products_on_rocm_are_no_neighbours(device: Device) -> None:
+    shapes = [(64, 2048), (1, 2048), (512, 2048), (2048, 512)]
+    code, report = generate(between_products, shapes, device=device)
+    assert code.launches.count("extern_kernels.mm") == 2
+    assert len(code.launches) == 3
+    assert [site.placement for site in report.sites] == ["kernel"]

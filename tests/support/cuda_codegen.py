@@ -1,9 +1,12 @@
-"""Inductor's code for CUDA, generated on a machine without a GPU.
+"""Inductor's code for CUDA and ROCm, generated on a machine without a GPU.
 
-Inside :func:`cuda_codegen` tensors on ``cuda`` are fake, PyTorch and Triton believe in one H200,
-and Inductor compiles as for it up to the source of the generated module, which is kept and not
-run: calling a compiled function returns fake tensors of the right sizes. What needs the device
-(autotuning, results, times) is in test_gpu.py.
+Inside :func:`cuda_codegen` tensors on ``cuda`` are fake, PyTorch and Triton believe in one H200 (or
+another :class:`Device`), and Inductor compiles as for it up to the source of the generated module,
+which is kept and not run: calling a compiled function returns fake tensors of the right sizes. What
+needs the device (autotuning, results, times) is in test_gpu.py.
+
+For ROCm a build of PyTorch for it is imitated by ``torch.version.hip``. What PyTorch derives from
+that when it is imported (layouts of convolutions, the largest block of a pointwise kernel) stays.
 """
 
 from __future__ import annotations
@@ -31,14 +34,43 @@ from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-_H200 = {
-    "multi_processor_count": 132,
-    "major": 9,
-    "regs_per_multiprocessor": 65536,
-    "max_threads_per_multi_processor": 2048,
-    "max_threads_per_block": 1024,
-    "warp_size": 32,
-}
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU that PyTorch and Triton believe in; arch: compute capability, or AMD's name."""
+
+    name: str
+    arch: int | str
+    multiprocessors: int
+    warp_size: int
+    capability: tuple[int, int]
+
+    @property
+    def hip(self) -> bool:
+        return isinstance(self.arch, str)
+
+    @property
+    def target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("hip" if self.hip else "cuda", self.arch, self.warp_size)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What Inductor's heuristics look at."""
+        return {
+            "multi_processor_count": self.multiprocessors,
+            "major": self.capability[0],
+            "regs_per_multiprocessor": 65536 * self.warp_size // 32,
+            "max_threads_per_multi_processor": 2048,
+            "max_threads_per_block": 1024,
+            "warp_size": self.warp_size,
+        }
+
+
+H200 = Device("NVIDIA H200", 90, 132, 32, (9, 0))
+MI300X = Device("AMD Instinct MI300X", "gfx942", 304, 64, (9, 4))
+MI355X = Device("AMD Instinct MI355X", "gfx950", 256, 64, (9, 5))
 
 
 @dataclass
@@ -84,7 +116,8 @@ class Code:
         assert meta is not None, f"no triton_meta in {name}"
         triton_meta = eval(meta.group(1), {"DeviceProperties": DeviceProperties})
         arguments = list(triton_meta["signature"])
-        return {arguments[i] for (i,) in triton_meta["configs"][0]}
+        hints = triton_meta["configs"][0].items()
+        return {arguments[i] for (i,), hint in hints if ["tt.divisibility", 16] in hint}
 
 
 @dataclass
@@ -100,15 +133,21 @@ class Generated:
         return code
 
 
-class _Driver:
-    """What is asked of Triton's driver before a kernel is compiled."""
+class Driver:
+    """What is asked of Triton's driver before a kernel is compiled. A ``triton.jit`` function keeps
+    what it has compiled by the number of the device."""
+
+    def __init__(self, target: Any, number: int = 0) -> None:
+        self.target = target
+        self.number = number
 
     def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int) -> int:
         return 0
 
 
@@ -125,8 +164,8 @@ def _hint(size: Any) -> int:
 
 
 @contextlib.contextmanager
-def cuda_codegen() -> Iterator[Generated]:
-    """Generate code for an H200; tensors made inside on ``cuda`` are fake."""
+def cuda_codegen(device: Device = H200) -> Iterator[Generated]:
+    """Generate code for the device; tensors made inside on ``cuda`` are fake."""
     import triton
 
     generated = Generated()
@@ -163,23 +202,24 @@ def cuda_codegen() -> Iterator[Generated]:
         return module
 
     properties = types.SimpleNamespace(
-        **_H200,
-        name="NVIDIA H200",
-        gcnArchName="",  # asked for where PyTorch is built without CUDA
-        minor=0,
+        **device.limits,
+        name=device.name,
+        # Asked for where PyTorch is built without CUDA, too.
+        gcnArchName=f"{device.arch}:sramecc+:xnack-" if device.hip else "",
+        minor=device.capability[1],
         total_memory=141 << 30,
         L2_cache_size=50 << 20,
         shared_memory_per_block=48 << 10,
         shared_memory_per_block_optin=227 << 10,
     )
-    device = DeviceProperties(type="cuda", index=0, cc=90, **_H200)
+    hints = DeviceProperties(device.target.backend, index=0, cc=device.arch, **device.limits)
     state = torch.zeros(16, dtype=torch.uint8)
     cuda = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_properties": lambda *_: properties,
-        "get_device_capability": lambda *_: (9, 0),
+        "get_device_capability": lambda *_: device.capability,
         "is_bf16_supported": lambda *_: True,
         "is_current_stream_capturing": lambda: False,
         "get_rng_state": lambda *_: state,
@@ -199,7 +239,7 @@ def cuda_codegen() -> Iterator[Generated]:
         patch(CudaInterface, "raise_if_triton_unavailable", staticmethod(lambda *_: None))
         patch(torch.accelerator, "is_available", lambda: False)
         patch(torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext())
-        patch(DeviceProperties, "create", classmethod(lambda *_: device))
+        patch(DeviceProperties, "create", classmethod(lambda *_: hints))
         if hasattr(torch._subclasses.fake_tensor, "init_gpu_context"):
             patch(torch._subclasses.fake_tensor, "init_gpu_context", lambda *_: None)
         # It traces attention patterns with real tensors on the device.
@@ -210,7 +250,8 @@ def cuda_codegen() -> Iterator[Generated]:
         stack.callback(_forget_triton)
         # shape_padding would time products on the device.
         stack.enter_context(inductor_config.patch(force_disable_caches=True, shape_padding=False))
-        patch(triton.runtime.driver, "_active", _Driver())
+        patch(triton.runtime.driver, "_active", Driver(device.target))
+        patch(torch.version, "hip", "7.0.0" if device.hip else None)
         stack.enter_context(FakeTensorMode())
         yield generated
 
@@ -222,18 +263,37 @@ def on_cuda(t: torch.Tensor) -> torch.Tensor:
     return moved
 
 
-def local_memory(code: Code, kernel: str, folder: Path) -> int:
-    """Compile a generated kernel for the H200, in each of Inductor's configurations; the fewest
-    bytes of stack and local memory that a thread uses, for want of registers."""
+def spilled(asm: Any, folder: Path) -> int:
+    """Bytes of memory that a thread of a compiled kernel uses for want of registers."""
+    import triton
+
+    if "amdgcn" in asm:
+        names = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        found = [re.search(rf"\.{name}:\s+(\d+)", asm["amdgcn"]) for name in names]
+    else:
+        cubin = folder / "cubin"
+        cubin.write_bytes(asm["cubin"])
+        cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run(
+            [cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True
+        )
+        found = [re.search(rf"\b{name}:(\d+)", usage.stdout) for name in ("STACK", "LOCAL")]
+    numbers = [int(match[1]) for match in found if match is not None]
+    assert len(numbers) == len(found)
+    return sum(numbers)
+
+
+def local_memory(code: Code, kernel: str, folder: Path, device: Device = H200) -> int:
+    """Compile a generated kernel for the device, in each of Inductor's configurations; the fewest
+    bytes of memory that a thread uses for want of registers."""
     import triton
     from torch._inductor.runtime import triton_heuristics
 
     path = folder / "kernel.py"
     path.write_text(code.kernel_source(kernel).replace("triton_helpers.set_driver_to_gpu()", ""))
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    used = []
     with (
-        mock.patch.object(triton.runtime.driver, "_active", _Driver()),
+        mock.patch.object(triton.runtime.driver, "_active", Driver(device.target)),
+        mock.patch.object(torch.version, "hip", "7.0.0" if device.hip else None),
         mock.patch.object(triton_heuristics.triton_helpers, "set_driver_to_gpu"),
         mock.patch.object(
             triton_heuristics.StaticTritonCompileResult,
@@ -243,13 +303,6 @@ def local_memory(code: Code, kernel: str, folder: Path) -> int:
     ):
         names = runpy.run_path(str(path))
         (tuner,) = (v for v in names.values() if isinstance(v, triton_heuristics.CachingAutotuner))
-        for config in tuner.configs:
-            cubin = folder / "cubin"
-            cubin.write_bytes(tuner._precompile_config(config).kernel.asm["cubin"])
-            usage = subprocess.run(
-                [cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True
-            )
-            found = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage.stdout)
-            assert found is not None, usage.stdout
-            used.append(sum(map(int, found.groups())))
-    return min(used)
+        return min(
+            spilled(tuner._precompile_config(config).kernel.asm, folder) for config in tuner.configs
+        )
