@@ -270,6 +270,12 @@ def _site(
     rows = tensor_of(linear.input, "the input").shape[:-1]
     if not known(math.prod(rows) == math.prod(tensor_of(value, "the value").shape[:-1])):
         raise NoMatch("input and value differ in their number of rows")
+    if order.draws() > 1:
+        # Inductor's scheduler orders kernels by what they need, draws of ATen's included: other
+        # kernels, and the random numbers are drawn in another order.
+        raise NoMatch(
+            "random numbers are drawn more than once in this graph, in an order that counts"
+        )
     if order.writes_between(_first_reader(logit, linear, order), mul):
         raise NoMatch("memory is written between the linear and the multiply")
     inside = set(chain)

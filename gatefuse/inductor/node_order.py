@@ -21,9 +21,12 @@ class Order:
         self._graph = graph
         self._positions: dict[Node, int] | None = None
         self._writes: list[int] = []
-        self._draws: list[int] = []
+        self._draws = 0
 
     def __getitem__(self, node: Node) -> int:
+        return self._read()[node]
+
+    def _read(self) -> dict[Node, int]:
         if self._positions is None:
             self._positions = {}
             effects = _EffectsOf()
@@ -32,9 +35,8 @@ class Order:
                 writes, draws = effects.of_node(n)
                 if writes:
                     self._writes.append(i)
-                if draws:
-                    self._draws.append(i)
-        return self._positions[node]
+                self._draws += draws
+        return self._positions
 
     def writes_between(self, first: Node, last: Node) -> bool:
         """Whether a node in between writes to memory."""
@@ -44,10 +46,10 @@ class Order:
         """Whether memory is written between two positions."""
         return _count_between(self._writes, low, high) > 0
 
-    def draws_within(self, low: int, high: int) -> int:
-        """How many nodes between two positions draw from a generator, for which their order
-        counts."""
-        return _count_between(self._draws, low, high)
+    def draws(self) -> int:
+        """How many nodes draw from a generator, so that their order counts."""
+        self._read()
+        return self._draws
 
 
 def _count_between(positions: list[int], low: int, high: int) -> int:
@@ -99,8 +101,6 @@ class KeptLogits:
         """What forbids to move the nodes of a further site, and with them those of the sites that
         may wait for it; or None."""
         low, high = self._moves.union(self._order[logit], self._order[anchor])
-        if self._order.draws_within(low, high) > 1:
-            return "random numbers are drawn"
         return "memory is written" if self._order.writes_within(low, high) else None
 
     def add(self, logit: Node, anchor: Node, operands: list[Node]) -> None:

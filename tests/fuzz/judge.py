@@ -47,7 +47,8 @@ def problems(loaded: Loaded, compiled: Compiled, strides_of_gradients: bool) -> 
                 found.append(f"{name}: {problem}")
             elif not _identical(a, b):
                 exact = not a.is_floating_point() or name.split()[-1] in loaded.case.draws
-                if exact or report.fused == 0:
+                # On a GPU two compiles of one program differ in the last place: Inductor tunes.
+                if exact or (report.fused == 0 and a.device.type == "cpu"):
                     found.append(f"{name}: {_difference(a, b)}, must be the same bit for bit")
                 elif loaded.case.rough.isdisjoint(name.replace(".", " ").split()):
                     found += _of_value(loaded, compiled, i)
@@ -57,6 +58,9 @@ def problems(loaded: Loaded, compiled: Compiled, strides_of_gradients: bool) -> 
 def _of_form(a: Tensor, b: Tensor, strides: bool) -> str | None:
     if a.dtype != b.dtype or a.shape != b.shape:
         return f"{a.dtype} {tuple(a.shape)}, without the pass {b.dtype} {tuple(b.shape)}"
+    # Inductor pads products on a GPU, and may return a slice of one where eager returns a whole.
+    if a.device.type != "cpu" and a.is_contiguous():
+        return None
     if strides and any(p != q for n, p, q in zip(a.shape, a.stride(), b.stride()) if n > 1):
         return f"strides {a.stride()}, without the pass {b.stride()}" if a.numel() else None
     return None
