@@ -37,7 +37,7 @@ class Entry:
     phase: str
     settings: dict[str, bool]
     expected: Outcome = field(init=False)
-    functions: frozenset[str] = frozenset()
+    functions: set[str] = field(default_factory=set)
     """Those that the pass calls, by the path of their names."""
 
 
@@ -173,6 +173,17 @@ class _Passed:
             self.corpus.passed.append(report.nodeid)
 
 
+@contextlib.contextmanager
+def _called_functions() -> Iterator[set[str]]:
+    """The functions that are called inside, by the paths of their names."""
+    called: set[str] = set()
+    sys.setprofile(lambda frame, event, argument: called.add(frame.f_code.co_qualname))
+    try:
+        yield called
+    finally:
+        sys.setprofile(None)
+
+
 def record(files: Sequence[str]) -> Corpus:
     """Run test files, code generation left out; keep every graph that the pass or the matcher is
     given."""
@@ -192,17 +203,11 @@ def record(files: Sequence[str]) -> Corpus:
         mock.patch.object(match_gate, "find_sites", recording_find),
         interpreted(),
     ):
-        pytest.main(
-            [*files, "-q", "-p", "no:cacheprovider", "--tb=line"], plugins=[_Passed(corpus)]
-        )
+        arguments = [*files, "-q", "-p", "no:cacheprovider", "--tb=no", "--show-capture=no"]
+        pytest.main(arguments, plugins=[_Passed(corpus)])
     for entry in corpus.entries:
-        calls = set[str]()
-        sys.setprofile(lambda frame, event, _: calls.add(frame.f_code.co_qualname))
-        try:
+        with _called_functions() as entry.functions:
             entry.expected = replay(entry)
-        finally:
-            sys.setprofile(None)
-        entry.functions = frozenset(calls)
     return corpus
 
 
@@ -214,8 +219,8 @@ def replay(entry: Entry) -> Outcome:
     module = _copied(entry.graph.graph)
     options = gatefuse.Options(**{**vars(entry.options), "expect": 0})
     with (
-        mock.patch.object(compat, "graph_phase", lambda: entry.phase),
-        mock.patch.object(report, "readable", lambda graph, name: ""),
+        mock.patch.object(compat, "graph_phase", return_value=entry.phase),
+        mock.patch.object(report, "readable", return_value=""),
         config.patch({k: v for k, v in entry.settings.items() if hasattr(config, k)}),
         gatefuse.record() as recorded,
     ):

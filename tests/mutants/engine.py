@@ -29,8 +29,8 @@ def _put_in_place(mutant: Mutant) -> None:
     module = importlib.import_module(f"gatefuse.inductor.{mutant.module}")
     function = operator.attrgetter(mutant.function)(module)
     function = getattr(function, "fget", function)
-    inspect_unwrapped = getattr(function, "__wrapped__", function)
-    inspect_unwrapped.__code__ = mutant.code
+    function = getattr(function, "__wrapped__", function)
+    function.__code__ = mutant.code
 
 
 def first_difference(mutant: Mutant, corpus: Corpus) -> str | None:
