@@ -1,0 +1,265 @@
+"""Each guard of the matcher, met alone: small graphs as ``make_fx`` traces them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+import gatefuse
+from gatefuse.inductor.fusion_pass import GateFusionPass
+
+aten = torch.ops.aten
+BF16 = torch.bfloat16
+
+_SHAPES = {"x": (6, 16), "w": (1, 16), "v": (6, 16), "r": (6, 16), "b": (1,)}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A function, how many of its gates are fused, with how many addends, and part of each reason
+    for the others. sizes, dtypes: of parameters that are not float32 of the usual size."""
+
+    id: str
+    fn: Callable[..., Any]
+    fused: int = 0
+    reasons: tuple[str, ...] = ()
+    addends: int = 0
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    tracing: str = "fake"
+
+    def inputs(self) -> list[Tensor]:
+        names = self.fn.__code__.co_varnames[: self.fn.__code__.co_argcount]
+        shapes = _SHAPES | self.sizes
+        return [torch.randn(shapes[n]).to(self.dtypes.get(n, torch.float32)) for n in names]
+
+
+def gate(x: Tensor, w: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w))
+
+
+def before_the_bias(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Any:
+    z = F.linear(x, w)
+    return torch.sigmoid(z + b) * v, z
+
+
+def one_logit_two_sigmoids(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
+    z = F.linear(x, w)
+    return torch.sigmoid(z) * v, torch.sigmoid(z) * r
+
+
+def addend_of_addcmul_from_the_logit(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
+    z = F.linear(x, w)
+    return torch.addcmul(r + z, torch.sigmoid(z), v), z
+
+
+def other_complement(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    return gate(x, w) * v + (1 - torch.sigmoid(r)) * r
+
+
+def function_of_the_gate(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    g = gate(x, w)
+    return g * v + torch.tanh(g) * r
+
+
+def doubled(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    y = gate(x, w) * v
+    return y + y
+
+
+GUARDS = [
+    # What the gate goes into.
+    Guard("gate-is-addend", lambda x, w, v, r: torch.addcmul(gate(x, w), v, r), 0, ("addcmul",)),
+    Guard(
+        "addcmul-addend-bf16",
+        lambda x, w, v, r: torch.addcmul(r, gate(x, w), v),
+        0,
+        ("of another dtype",),
+        dtypes={"r": BF16},
+    ),
+    Guard(
+        "one-gate-expanded-to-rows",
+        lambda x, w, v: gate(x, w).expand(6, 16) * v,
+        0,
+        ("goes into aten.expand",),
+        sizes={"x": (1, 16)},
+    ),
+    Guard(
+        "scalar-expanded",
+        lambda x, w, v: gate(x, w).squeeze().expand(16) * v,
+        0,
+        ("goes into aten.expand",),
+        sizes={"x": (1, 16), "v": (16,)},
+    ),
+    Guard(
+        "scalars",
+        lambda x, w, v: gate(x, w).squeeze() * v,
+        0,
+        ("fewer dimensions",),
+        sizes={"x": (1, 16), "v": ()},
+    ),
+    Guard(
+        "gates-scale-columns",
+        lambda x, w, v: gate(x, w).squeeze(-1) * v,
+        0,
+        ("fewer dimensions",),
+        sizes={"v": (6, 6)},
+    ),
+    Guard(
+        "gates-in-a-row",
+        lambda x, w, v: gate(x, w).t() * v,
+        0,
+        ("differ in their number of rows",),
+        sizes={"v": (1, 6)},
+    ),
+    Guard(
+        "gate-of-a-gate",
+        lambda x, w, r: gate(x, w).expand(6, 16) * gate(r, w).expand(6, 16),
+        1,
+        ("part of another site",),
+    ),
+    Guard("one-logit-two-sigmoids", one_logit_two_sigmoids, 1, ("part of another site",)),
+    # The addend.
+    Guard("addend-is-a-number", lambda x, w, v: gate(x, w) * v + 1.0, 1),
+    Guard("addend-is-the-product", doubled, 1),
+    Guard(
+        "addend-bf16", lambda x, w, v, r: r + gate(x, w) * v, 1, dtypes={"r": BF16}
+    ),
+    Guard(
+        "addend-of-more-dimensions",
+        lambda x, w, v, r: r + gate(x, w) * v,
+        1,
+        sizes={"r": (3, 6, 16)},
+    ),
+    Guard(
+        "addend-of-another-width",
+        lambda x, w, v, r: r + (gate(x, w) * v).view(12, 8),
+        1,
+        sizes={"r": (12, 8)},
+    ),
+    Guard(
+        "addend-after-a-function", lambda x, w, v, r: r + torch.tanh(gate(x, w) * v), 1
+    ),
+    Guard(
+        "addend-from-the-logit",
+        addend_of_addcmul_from_the_logit,
+        0,
+        ("the addend depends on the logit",),
+    ),
+    Guard("another-complement", other_complement, 1, ("logit is an input",), addends=1),
+    Guard("function-of-the-gate", function_of_the_gate, 1),
+    # The linear.
+    Guard(
+        "cropped",
+        lambda x, w, v: torch.sigmoid((F.pad(x, [0, -2]) @ F.pad(w.t(), [0, 7, 0, -2]))[:, :1]) * v,
+        0,
+        ("a slice",),
+    ),
+    Guard(
+        "padded-in-front",
+        lambda x, w, v: torch.sigmoid((F.pad(x, [2, 0]) @ F.pad(w.t(), [0, 7, 0, 2]))[:, :1]) * v,
+        0,
+        ("a slice",),
+    ),
+    Guard(
+        "sum-over-two-dimensions",
+        lambda x, w, v: torch.sigmoid((x * w).sum([0, 1], keepdim=True)) * v,
+        0,
+        ("more than one dimension",),
+        sizes={"x": (1, 16), "v": (1, 16)},
+    ),
+    Guard(
+        "sum-of-a-multiple",
+        lambda x, w, v: torch.sigmoid((x * 2.0).sum(-1, keepdim=True)) * v,
+        0,
+        ("products with a constant",),
+    ),
+    Guard(
+        "width-not-last",
+        lambda x, w, v: torch.sigmoid((x * w).sum(1)) * v,
+        0,
+        ("not in its last dimension",),
+        sizes={"x": (6, 16, 1), "w": (16, 1)},
+    ),
+    Guard(
+        "slice-of-a-matrix-vector-product",
+        lambda x, w, v: torch.sigmoid(torch.mv(x, w)[:3]).unsqueeze(-1) * v,
+        0,
+        ("a slice",),
+        sizes={"w": (16,), "v": (3, 16)},
+    ),
+    Guard(
+        "addmm-scaled-bias",
+        lambda x, w, v, b: torch.sigmoid(torch.addmm(b, x, w.t(), beta=2)) * v,
+        0,
+        ("alpha or beta",),
+    ),
+    Guard(
+        "addmm-scaled-product",
+        lambda x, w, v, b: torch.sigmoid(torch.addmm(b, x, w.t(), alpha=2)) * v,
+        0,
+        ("alpha or beta",),
+    ),
+    Guard(
+        "addmm-bias-per-row",
+        lambda x, w, v, b: torch.sigmoid(torch.addmm(b, x, w.t())) * v,
+        0,
+        ("from row to row",),
+        sizes={"b": (6, 1)},
+    ),
+    Guard(
+        "two-biases",
+        lambda x, w, v, b: torch.sigmoid(torch.addmm(b, x, w.t()) + b) * v,
+        0,
+        ("two biases",),
+    ),
+    Guard(
+        "bias-scaled",
+        lambda x, w, v, b: torch.sigmoid(torch.add(F.linear(x, w), b, alpha=2)) * v,
+        0,
+        ("the bias is scaled",),
+    ),
+    Guard(
+        "bias-is-a-number",
+        lambda x, w, v: torch.sigmoid(F.linear(x, w) + 1.0) * v,
+        0,
+        ("a constant is added",),
+    ),
+    Guard(
+        "bias-of-more-dimensions",
+        lambda x, w, v, b: torch.sigmoid(F.linear(x, w) + b).squeeze(0) * v,
+        0,
+        ("other than one bias",),
+        sizes={"b": (1, 1, 1)},
+    ),
+    Guard("before-the-bias", before_the_bias, 0, ("before the bias is used elsewhere",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.id)
+def test_guard(guard: Guard) -> None:
+    inputs = guard.inputs()
+    module = make_fx(guard.fn, tracing_mode=guard.tracing)(*inputs)
+    before = pytree.tree_leaves(module(*inputs))
+    with gatefuse.record() as report:
+        GateFusionPass()(module.graph)
+    module.graph.lint()
+    module.recompile()
+    for fused, plain in zip(pytree.tree_leaves(module(*inputs)), before, strict=True):
+        torch.testing.assert_close(fused, plain)
+    (graph,) = report.graphs
+    assert graph.error is None
+    assert [r.reason for r in graph.rejections if "cannot be read" in r.reason] == []
+    assert len(graph.rejections) == len(guard.reasons), graph.rejections
+    for rejection, reason in zip(graph.rejections, guard.reasons):
+        assert reason in rejection.reason
+    assert graph.fused == guard.fused
+    assert sum(site.has_addend for site in graph.sites) == guard.addends
