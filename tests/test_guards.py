@@ -75,6 +75,21 @@ def doubled(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
     return y + y
 
 
+def repeatedly(f: Callable[[Tensor], Tensor], times: int) -> Callable[..., Tensor]:
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        z = F.linear(x, w)
+        for _ in range(times):
+            z = f(z)
+        return z * v
+
+    return fn
+
+
+def fused_and_scaled(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
+    z = F.linear(x, w)
+    return torch.sigmoid(z) * v, torch.tanh(z) * r
+
+
 GUARDS = [
     # What the gate goes into.
     Guard("gate-is-addend", lambda x, w, v, r: torch.addcmul(gate(x, w), v, r), 0, ("addcmul",)),
@@ -240,6 +255,51 @@ GUARDS = [
         ("other than one bias",),
         sizes={"b": (1, 1, 1)},
     ),
+    # What only resembles a gate.
+    Guard("fused-and-scaled", fused_and_scaled, 1),
+    Guard("rows-scaled-by-a-logit", lambda x, w, v: F.linear(x, w) * v),
+    Guard("tanh-added", lambda x, w, v: torch.tanh(F.linear(x, w)) + v),
+    Guard(
+        "tanh-divides", lambda x, w, v: v / torch.tanh(F.linear(x, w)), 0, ("aten.tanh, stands",)
+    ),
+    Guard(
+        "tanh-doubled",
+        lambda x, w, v: torch.tanh(F.linear(x, w)) * 2.0 * v,
+        0,
+        ("aten.tanh, aten.mul.Tensor, stands",),
+    ),
+    Guard(
+        "tanh-of-a-matrix-vector-product",
+        lambda x, w, v: torch.tanh(torch.mv(x, w)).unsqueeze(-1) * v,
+        0,
+        ("aten.tanh",),
+        sizes={"w": (16,)},
+    ),
+    Guard(
+        "tanh-scales-columns",
+        lambda x, w, v: torch.tanh(torch.mv(x, w)) * v,
+        sizes={"w": (16,), "v": (6, 6)},
+    ),
+    Guard(
+        "tanh-of-one-row",
+        lambda x, w, v: torch.tanh(torch.mv(x, w)) * v,
+        sizes={"x": (1, 16), "w": (16,), "v": (16,)},
+    ),
+    Guard(
+        "tanh-of-two-outputs",
+        lambda x, w, v: torch.tanh(F.linear(x, w))[:, :1] * v,
+        sizes={"w": (2, 16)},
+    ),
+    Guard("two-wide", lambda x, w, v: torch.tanh(F.linear(x, w)) * v, sizes={"v": (6, 2)}),
+    Guard("three-wide", lambda x, w, v: torch.tanh(F.linear(x, w)) * v, 0, ("aten.tanh",),
+          sizes={"v": (6, 3)}),
+    Guard("twelve-functions", repeatedly(torch.tanh, 12), 0, ("aten.tanh",)),
+    Guard("thirteen-functions", repeatedly(torch.tanh, 13)),
+    Guard(
+        "tanh-of-a-total",
+        lambda x, w, v: torch.tanh(F.linear(x, w).sum()) * v,
+    ),
+    Guard("tanh-of-wider", lambda x, w, v: torch.tanh(F.linear(x, w) + v).amax(-1, True) * v),
     Guard("before-the-bias", before_the_bias, 0, ("before the bias is used elsewhere",)),
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Set
 import torch
 from torch.fx import Graph, Node
 
-from gatefuse.inductor.fx_utils import arguments, described, known, val_of
+from gatefuse.inductor.fx_utils import arguments, described, known, same_shape, val_of
 from gatefuse.inductor.match_linear import PACKED
 
 __all__ = ["near_misses"]
@@ -60,7 +60,7 @@ def _functions_to_product(linear: Node) -> list[Node]:
             if _scales_rows(node, user):
                 if functions:
                     return functions
-            elif len(functions) < _FARTHEST and _per_row(user, out):
+            elif len(functions) < _FARTHEST and _per_row(user, val, out):
                 queue.append((user, [*functions, user]))
     return []
 
@@ -80,8 +80,10 @@ def _scales_rows(gate: Node, product: Node) -> bool:
     )
 
 
-def _per_row(node: Node, out: torch.Tensor) -> bool:
-    """Whether a node computes a value or two for each row, as an activation does."""
+def _per_row(node: Node, source: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether a node computes a value or two for each row, as an activation does, from ``source``,
+    which has one or two."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    return out.dim() < 1 or known(out.shape[-1] == 1) or known(out.shape[-1] == 2)
+    wide = not (known(out.shape[-1] == 1) or known(out.shape[-1] == 2))
+    return not wide or same_shape(out.shape, source.shape)
