@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.utils import _pytree as pytree
 
 import gatefuse
@@ -323,3 +331,87 @@ def test_guard(guard: Guard) -> None:
         assert reason in rejection.reason
     assert graph.fused == guard.fused
     assert sum(site.has_addend for site in graph.sites) == guard.addends
+
+
+# --- metadata that no trace gives ---------------------------------------------------------------
+
+
+def traced(fn: Callable[..., Any], **sizes: tuple[int, ...]) -> Graph:
+    return make_fx(fn, tracing_mode="fake")(*Guard("", fn, sizes=sizes).inputs()).graph
+
+
+def gated(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return gate(x, w) * v
+
+
+def reasons_of(graph: Graph, options: gatefuse.Options | None = None) -> list[str]:
+    """Run the pass; what it says of the gates that it leaves alone."""
+    with gatefuse.record() as report:
+        GateFusionPass(options)(graph)
+    assert report.graphs[0].error is None
+    return [r.reason for r in report.rejections]
+
+
+def move(nodes: Iterable[Node], device: str) -> None:
+    """Metadata of tensors on a device that need not be there."""
+    for node in nodes:
+        if isinstance(val := node.meta.get("val"), Tensor):
+            elements = val.to("meta")
+            node.meta["val"] = FakeTensor(val.fake_mode, elements, torch.device(device))
+
+
+def test_a_device_that_was_not_tried() -> None:
+    graph = traced(gated)
+    move(graph.nodes, "mps")
+    assert reasons_of(graph) == ["not tried on device mps"]
+
+
+def test_operands_on_several_devices() -> None:
+    graph = traced(gated)
+    move(graph.find_nodes(op="placeholder")[:1], "cuda")
+    assert reasons_of(graph) == ["operands are on several devices: cpu, cuda:0"]
+
+
+def test_a_sparse_value() -> None:
+    graph = traced(gated)
+    value = graph.find_nodes(op="placeholder")[2]
+    value.meta["val"] = torch.empty(6, 16).to_sparse()
+    assert reasons_of(graph) == ["the value is not a strided tensor"]
+
+
+@pytest.mark.parametrize("which", range(12))
+def test_a_node_without_metadata(which: int) -> None:
+    """Whichever it is: fused or left alone with a reason, and so is the gate beside it."""
+
+    def fn(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
+        return gate(x, w) * v, gate(x, w) * r
+
+    graph = traced(fn)
+    nodes = [n for n in graph.nodes if n.op != "output"]
+    assert len(nodes) == 12
+    del nodes[which].meta["val"]
+    for reason in reasons_of(graph):
+        assert "cannot be read" not in reason
+
+
+@pytest.mark.parametrize("placement", ["auto", "inline"])
+@pytest.mark.parametrize("symbolic", ["", "x", "v"])
+def test_a_symbolic_width_on_a_gpu(symbolic: str, placement: Any) -> None:
+    """One compile serves all numbers of rows, and of many it would be slower."""
+
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(torch.mm(x, w.t())) * v
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    inputs = []
+    for name, width in ("x", "x"), ("w", "x"), ("v", "v"):
+        width_is = DimDynamic.DYNAMIC if width == symbolic else DimDynamic.STATIC
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, width_is])
+        given, source = torch.randn(_SHAPES[name]), ConstantSource(name)
+        inputs.append(mode.from_tensor(given, source=source, symbolic_context=context))
+    with mode:
+        graph = make_fx(fn, tracing_mode="real")(*inputs).graph
+    move(graph.nodes, "cuda")
+    left_alone = bool(symbolic) and placement == "auto"
+    reasons = reasons_of(graph, gatefuse.Options(placement=placement))
+    assert ["a width is symbolic" in r for r in reasons] == [True] * left_alone
