@@ -223,12 +223,18 @@ def test_one_draw_may_be_passed_by_a_kept_logit(draws: int) -> None:
     assert ["random numbers" in r.reason for r in rejections] == [True] * (draws == 2)
 
 
-def test_draws_with_a_seed_of_their_own_have_no_order() -> None:
+@pytest.mark.parametrize("seeds", [False, True])
+def test_inductors_draws_have_an_order_by_their_seeds(seeds: bool) -> None:
+    """Its random operators compute from a seed; the seed is drawn."""
     graph = traced(two_draws, randn(6, 16), randn(1, 16))
-    for node in list(graph.nodes):
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            node.target, node.kwargs = inductor_prims.random, {}
-    assert len(find_sites(graph)[0]) == 1
+    (second,) = graph.find_nodes(op="call_function", target=aten.rand_like.default)
+    second.target, second.kwargs = inductor_prims.random, {}
+    second.args = ([6, 16], graph.find_nodes(op="placeholder")[0], "rand")
+    if seeds:
+        second.target, second.args = inductor_prims.seeds, (1, torch.device("cpu"))
+    sites, rejections = find_sites(graph)
+    assert len(sites) == 1 - seeds
+    assert ["random numbers" in r.reason for r in rejections] == [True] * seeds
 
 
 # --- writes to memory ---------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Order:
 
 
 def _count_between(positions: list[int], low: int, high: int) -> int:
-    return max(0, bisect.bisect_left(positions, high) - bisect.bisect_right(positions, low))
+    return bisect.bisect_left(positions, high) - bisect.bisect_right(positions, low)
 
 
 class Stretches:
@@ -159,9 +159,9 @@ class _EffectsOf:
 def _effects_of(target: Any) -> _Effects:
     if not isinstance(target, torch._ops.OpOverload):
         return _Effects(target is operator.setitem, False)
-    # Inductor's own random operators (prims) take their seed as an input.
-    seeded = torch.Tag.nondeterministic_seeded in target.tags and target.namespace != "prims"
-    return _Effects(target._schema.is_mutable, seeded)
+    # Of Inductor's own random operators only what makes their seeds draws from a generator.
+    draws = torch.Tag.nondeterministic_seeded in target.tags
+    return _Effects(target._schema.is_mutable, draws)
 
 
 def upstream(
