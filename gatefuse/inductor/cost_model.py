@@ -108,7 +108,7 @@ def _made_by_inductor(operand: Any) -> bool:
 
 def _computed_by_inductor(node: Node) -> bool:
     """The same of a node of the graph, before it is lowered."""
-    while node.op == "call_function" and node.target in _NO_COMPUTATION:
+    while node.target in _NO_COMPUTATION:
         node = source_of(node)
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and not _is_opaque(target)

@@ -156,7 +156,7 @@ def _broadcasts_last(node: Node) -> bool:
     return (
         source is not None
         and result is not None
-        and source.dim() == result.dim() >= 1
+        and source.dim() >= 1
         and known(source.shape[-1] == 1)
         and same_shape(source.shape[:-1], result.shape[:-1])
     )
@@ -183,8 +183,6 @@ def _match_addend(mul: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
     width = tensor_of(mul, "the product").shape[-1]
     while len(node.users) == 1:
         user = next(iter(node.users))
-        if user.op != "call_function":
-            return None
         out = val_of(user)
         if out is None or out.dtype != tensor_of(mul, "the product").dtype:
             return None
@@ -199,17 +197,16 @@ def _match_addend(mul: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
             if (
                 av is None
                 or av.dtype != out.dtype
-                or av.device != out.device
                 or not same_shape(av.shape, out.shape)
                 or not same_shape(out.shape, tensor_of(node, "the product").shape)
             ):
                 return None
             return user, addend, tuple(views)
-        if (
-            user.target not in (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-            or out.dim() < 1
-            or not known(out.shape[-1] == width)
-        ):
+        if user.target not in (
+            aten.view.default,
+            aten.reshape.default,
+            aten._unsafe_view.default,
+        ) or not known(out.shape[-1] == width):
             return None
         views.append(user)
         node = user
@@ -315,7 +312,7 @@ def _site(
 
 def _adds_lerp(add: Node, mul: Node, gate: set[Node]) -> bool:
     """Whether ``add`` is ``mul + (1 - gate) * other``."""
-    if add.op != "call_function" or add.target is not aten.add.Tensor:
+    if add.target is not aten.add.Tensor:
         return False
     others = [n for n in add.all_input_nodes if n is not mul and n.target is aten.mul.Tensor]
     complements = [n for other in others for n in other.all_input_nodes]

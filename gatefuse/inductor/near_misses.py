@@ -38,7 +38,7 @@ def near_misses(graph: Graph, taken: Set[Node]) -> Iterator[tuple[Node, str]]:
                     )
     for node in graph.nodes:
         # Inductor packs linears for the CPU in functions of its own, activations included.
-        packed = node.op == "call_function" and isinstance(node.target, functools.partial)
+        packed = isinstance(node.target, functools.partial)
         if packed and any(_scales_rows(node, user) for user in node.users):
             yield node, PACKED
 
@@ -83,7 +83,7 @@ def _scales_rows(gate: Node, product: Node) -> bool:
 def _per_row(node: Node, source: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether a node computes a value or two for each row, as an activation does, from ``source``,
     which has one or two."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, torch._ops.OpOverload):
         return False
     wide = not (known(out.shape[-1] == 1) or known(out.shape[-1] == 2))
     return not wide or same_shape(out.shape, source.shape)
