@@ -223,6 +223,26 @@ def test_one_draw_may_be_passed_by_a_kept_logit(draws: int) -> None:
     assert ["random numbers" in r.reason for r in rejections] == [True] * (draws == 2)
 
 
+def draws_around_two_gates(x: Tensor, w: Tensor, v: Tensor, u: Tensor) -> Any:
+    """Each draw between a gate's logit and its product; only the second logit is returned."""
+    za = F.linear(x, w)
+    first = torch.rand_like(v)
+    zb = F.linear(u, w)
+    ya = torch.sigmoid(za) * (v + first)
+    second = torch.rand_like(v)
+    return ya, torch.sigmoid(zb) * u, zb, second
+
+
+def test_a_logit_that_nobody_else_reads_moves_nothing() -> None:
+    graph = traced(two_draws, randn(6, 16), randn(1, 16))
+    graph.output_node().args = ([graph.output_node().args[0][0]],)
+    for node in graph.find_nodes(op="call_function", target=aten.abs.default):
+        node.replace_input_with(node.args[0], graph.find_nodes(op="placeholder")[0])
+    assert [site.keeps_logit for site in find_sites(graph)[0]] == [False]
+    graph = traced(draws_around_two_gates, randn(6, 16), randn(1, 16))
+    assert [site.keeps_logit for site in find_sites(graph)[0]] == [False, True]
+
+
 @pytest.mark.parametrize("seeds", [False, True])
 def test_inductors_draws_have_an_order_by_their_seeds(seeds: bool) -> None:
     """Its random operators compute from a seed; the seed is drawn."""
@@ -304,6 +324,30 @@ def test_writes_are_not_passed(
 ) -> None:
     inputs = randn(6, 16), randn(1, 16), randn(6, 16), randn(6, 16)
     check_unchanged(written(traced(fn, *inputs), target, which, placeholder), *inputs)
+
+
+def test_a_write_after_the_first_of_two_conversions() -> None:
+    """The op reads what the first one reads."""
+
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        first, second = (x * 2).to(torch.bfloat16), w.to(torch.bfloat16)
+        wide = first.float()
+        return torch.sigmoid((second.float() * wide).sum(-1, True)) * v
+
+    graph = traced(fn, randn(6, 16), randn(1, 16))
+    conversions = graph.find_nodes(op="call_function", target=aten._to_copy.default)
+    assert len(find_sites(graph)[0]) == 1
+    with graph.inserting_after(conversions[2]):
+        graph.call_function(aten.zero_.default, (conversions[0],))
+    assert not find_sites(graph)[0]
+
+
+def test_a_write_before_the_linear_is_not_passed_by_it() -> None:
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(F.linear(torch.tanh(x), w)) * v
+
+    graph = traced(fn, randn(6, 16), randn(1, 16))
+    assert len(find_sites(written(graph, aten.tanh.default, 0, 0))[0]) == 1
 
 
 def test_without_a_write_all_of_these_are_fused() -> None:

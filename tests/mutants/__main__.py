@@ -28,6 +28,8 @@ from tests.mutants.mutations import MODULES, mutants_of
 RECORDED = [
     f"tests/test_{name}.py"
     for name in (
+        "guards",
+        "metadata",
         "negatives",
         "spellings",
         "node_order",
@@ -52,6 +54,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--only", default="", help="mutants whose key contains this text")
+    parser.add_argument("--again", type=Path, help="of an earlier table those that survived")
     parser.add_argument("--files", nargs="+", default=RECORDED, help="test files to record")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--graphs-only", action="store_true", help="run no tests on survivors")
@@ -61,6 +64,9 @@ def main() -> int:
     begin = time.monotonic()
     torch.set_num_threads(1)
     mutants = [m for module in MODULES for m in mutants_of(module) if options.only in m.key]
+    if options.again:
+        earlier = options.again.read_text()
+        mutants = [m for m in mutants if f":{m.what} [{m.function}]: SURVIVES" in earlier]
     known = tomllib.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
     corpus = record(options.files)
     print(f"{len(mutants)} mutants, {len(corpus.entries)} graphs, {len(corpus.passed)} tests")

@@ -24,6 +24,15 @@ from gatefuse.inductor.rewriter import META_KEY
 
 __all__ = ["Corpus", "Outcome", "interpreted", "record", "replay"]
 
+_SETTINGS = (
+    "batch_invariant",
+    "deterministic",
+    "emulate_precision_casts",
+    "pre_grad_fusion_options",
+    "post_grad_fusion_options",
+)
+"""Inductor's, that the matcher and the pass look at."""
+
 _LARGEST = 400
 """Nodes; the tests of the matcher's speed have larger graphs, and are run themselves."""
 
@@ -35,7 +44,7 @@ class Entry:
     graph: GraphModule
     options: gatefuse.Options
     phase: str
-    settings: dict[str, bool]
+    settings: dict[str, Any]
     expected: Outcome = field(init=False)
     functions: set[str] = field(default_factory=set)
     """Those that the pass calls, by the path of their names."""
@@ -91,11 +100,9 @@ class Corpus:
     def add(self, graph: Graph, options: gatefuse.Options, phase: str) -> None:
         if len(graph.nodes) > _LARGEST:
             return
-        settings = {n: getattr(config, n, False) for n in ("batch_invariant", "deterministic")}
-        settings["emulate_precision_casts"] = config.emulate_precision_casts
+        settings = {n: getattr(config, n) for n in _SETTINGS if hasattr(config, n)}
         vals = map(_described, graph.nodes)
-        # expect belongs to a compile; what the pass does is the same.
-        key = (str(graph), *vals, repr(options), phase, *settings.values())
+        key = (str(graph), *vals, repr(options), phase, str(settings))
         if key not in self._seen:
             self._seen.add(key)
             self.entries.append(Entry(_copied(graph), options, phase, settings))
@@ -205,6 +212,7 @@ def record(files: Sequence[str]) -> Corpus:
     ):
         arguments = [*files, "-q", "-p", "no:cacheprovider", "--tb=no", "--show-capture=no"]
         pytest.main(arguments, plugins=[_Passed(corpus)])
+    corpus.entries.sort(key=lambda entry: len(entry.graph.graph.nodes))
     for entry in corpus.entries:
         with _called_functions() as entry.functions:
             entry.expected = replay(entry)
@@ -221,7 +229,7 @@ def replay(entry: Entry) -> Outcome:
     with (
         mock.patch.object(compat, "graph_phase", return_value=entry.phase),
         mock.patch.object(report, "readable", return_value=""),
-        config.patch({k: v for k, v in entry.settings.items() if hasattr(config, k)}),
+        config.patch(entry.settings),
         gatefuse.record() as recorded,
     ):
         fusion_pass.GateFusionPass(options)(module.graph)
