@@ -133,6 +133,16 @@ def more_dimensions_kept(x: Tensor, w: Tensor, v: Tensor) -> Any:
     return torch.sigmoid(z).squeeze(-1) * v, z
 
 
+def one_dimension_more_kept(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    z = (x[..., None, None] * w).sum(1)
+    return torch.sigmoid(z).squeeze(-1) * v, z
+
+
+def scaled_and_by_tanh(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
+    z = F.linear(x, w)
+    return z * v, torch.tanh(z) * r
+
+
 GUARDS = [
     # What the gate goes into.
     Guard("gate-is-addend", lambda x, w, v, r: torch.addcmul(gate(x, w), v, r), 0, ("addcmul",)),
@@ -363,7 +373,22 @@ GUARDS = [
           sizes={"x": (6, 1), "w": (1,)}),
     Guard("one-number", lambda x, w, v: torch.sigmoid(F.linear(x.view(1, 1), w)) * v, 1,
           sizes={"x": (), "w": (1, 1), "v": (1, 16)}),
+    Guard("one-row-alone", lambda x, w, v: gate(x.view(1, 16), w).view(1) * v, 1,
+          sizes={"x": (16,), "v": (16,)}),
+    Guard("one-dimension-more-kept", one_dimension_more_kept, 1, sizes={"w": (16, 1, 1)},
+          tracing="symbolic"),
+    Guard("sum-of-the-columns", lambda x, w, v: torch.sigmoid(
+          (x.t() * w).sum(-1, True)) * v, 1, sizes={"x": (16, 16), "v": (16, 16)}),
+    Guard("sums-of-the-columns", lambda x, w, v: torch.sigmoid(
+          (x.transpose(1, 2) * w).sum(-1, True)) * v, 1,
+          sizes={"x": (2, 16, 16), "v": (2, 16, 16)}),
+    Guard("logit-expanded-to-itself", lambda x, w, v: torch.sigmoid(
+          F.linear(x, w).expand(6, 1)) * v, 1),
+    Guard("sum-of-one-number", lambda x, w, v: torch.sigmoid(
+          (x.view(1, 1) * w).sum(-1, True)) * v, 1, sizes={"x": (), "w": (1, 1), "v": (1, 16)}),
     # What only resembles a gate.
+    Guard("scaled-and-by-tanh", scaled_and_by_tanh, 0, ("aten.tanh",)),
+    Guard("tanh-bounds", lambda x, w, v: torch.maximum(torch.tanh(F.linear(x, w)), v)),
     Guard("tanh-of-symbolic-width", lambda x, w, v: torch.tanh(F.linear(x, w)) * v,
           tracing="symbolic"),
     Guard("fused-and-scaled", fused_and_scaled, 1),

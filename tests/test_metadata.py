@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,6 +26,7 @@ import gatefuse
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.fx_utils import widens
 from gatefuse.inductor.match_gate import find_sites
+from gatefuse.inductor.rewriter import DifferentResult, _check_same
 from tests.test_guards import BF16, SHAPES, Guard, gate
 
 aten = torch.ops.aten
@@ -73,19 +75,70 @@ def test_a_sparse_value() -> None:
     assert reasons_of(graph) == ["the value is not a strided tensor"]
 
 
-@pytest.mark.parametrize("which", range(15))
-def test_a_node_without_metadata(which: int) -> None:
-    """Whichever it is: fused or left alone with a reason, and so is the gate beside it."""
+def with_linear(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
+    return r + gate(x, w).expand(6, 16) * v
 
-    def fn(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
-        return r + gate(x, w).expand(6, 16) * v, torch.sigmoid((x.double().float() * w).sum(-1))
 
-    graph = traced(fn)
-    nodes = [n for n in graph.nodes if n.op != "output"]
-    assert len(nodes) == 15
-    del nodes[which].meta["val"]
-    for reason in reasons_of(graph):
-        assert "cannot be read" not in reason
+def with_sum(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
+    g = torch.sigmoid((x.view(6, 16).float() * w).sum(-1, True)).to(BF16)
+    return torch.addcmul(r, g, v)
+
+
+@pytest.mark.parametrize("fn", [with_linear, with_sum])
+def test_nodes_without_metadata(fn: Callable[..., Any]) -> None:
+    """Whichever it is, its gate is fused or left alone with a reason."""
+    for i in range(len(traced(fn).nodes) - 1):
+        graph = traced(fn)
+        node = list(graph.nodes)[i]
+        del node.meta["val"]
+        assert not any("cannot be read" in reason for reason in reasons_of(graph)), node
+
+
+def kept(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    z = torch.mv(x, w)
+    return torch.sigmoid(z).unsqueeze(-1) * v, z
+
+
+@pytest.mark.parametrize("mode", [None, FakeTensorMode()])
+def test_metadata_of_other_kinds(mode: FakeTensorMode | None) -> None:
+    """Real tensors, or fake ones that know no symbols."""
+    graph = traced(kept, w=(16,))
+    for node in graph.nodes:
+        if isinstance(val := node.meta.get("val"), Tensor):
+            with mode or contextlib.nullcontext():
+                node.meta["val"] = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype)
+    assert reasons_of(graph) == []
+
+
+def test_new_nodes_have_the_names_of_their_operators() -> None:
+    """Inductor names its kernels by them."""
+    graph = traced(kept, w=(16,))
+    old = set(graph.nodes)
+    GateFusionPass()(graph)
+    new = [n for n in graph.nodes if n not in old]
+    assert [n.meta.get("original_aten") for n in new] == [
+        n.target if isinstance(n.target, torch._ops.OpOverload) else None for n in new
+    ]
+    assert any("gatefuse" in str(n.target) for n in new)
+
+
+ONES = torch.ones(1, 4)
+DIFFERENT = {
+    "same": (ONES, ONES, True, True),
+    "dtype": (ONES, ONES.half(), True, False),
+    "shape": (ONES, ONES.t(), True, False),
+    "strides": (torch.ones(2, 4), torch.ones(4, 2).t(), True, False),
+    "strides-do-not-count": (torch.ones(2, 4), torch.ones(4, 2).t(), False, True),
+    "strides-of-size-one": (ONES, ONES.as_strided((1, 4), (7, 1)), True, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "strides", "same"), DIFFERENT.values(), ids=DIFFERENT.keys()
+)
+def test_what_the_op_may_return(new: Tensor, old: Tensor, strides: bool, same: bool) -> None:
+    with contextlib.nullcontext() if same else pytest.raises(DifferentResult):
+        _check_same(new, old, strides)
 
 
 @pytest.mark.parametrize("placement", ["auto", "inline"])

@@ -114,7 +114,7 @@ def _match_products(sigmoid: Node) -> tuple[list[_Product], str]:
                 ends.append(user)
                 continue
             other = factors[1] if factors[0] is node else factors[0]
-            if not isinstance(other, Node) or other is node or val_of(other) is None:
+            if other is node or val_of(other) is None:
                 problem = "the gate is multiplied by a constant or by itself"
                 continue
             shapes = (tensor_of(n, "a factor").shape for n in (node, other, user))
@@ -191,7 +191,7 @@ def _match_addend(mul: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
             if alpha != 1:
                 return None
             addend = b if a is node else a
-            if not isinstance(addend, Node) or addend is node:
+            if addend is node:
                 return None
             av = val_of(addend)
             if (

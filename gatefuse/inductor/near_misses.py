@@ -8,7 +8,7 @@ from collections.abc import Iterator, Set
 import torch
 from torch.fx import Graph, Node
 
-from gatefuse.inductor.fx_utils import arguments, described, known, same_shape, val_of
+from gatefuse.inductor.fx_utils import described, known, same_shape, val_of
 from gatefuse.inductor.match_linear import PACKED
 
 __all__ = ["near_misses"]
@@ -70,7 +70,6 @@ def _scales_rows(gate: Node, product: Node) -> bool:
     out, gv = val_of(product), val_of(gate)
     return (
         product.target in (aten.mul.Tensor, aten.div.Tensor)
-        and all(val_of(n) is not None for n in arguments(product))
         and out is not None
         and gv is not None
         and gv.dim() == out.dim() >= 2

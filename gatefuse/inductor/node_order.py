@@ -37,10 +37,8 @@ class Order:
         return self._positions[node]
 
     def writes_between(self, first: Node, last: Node) -> bool:
-        return self.writes_within(self[first], self[last])
-
-    def writes_within(self, low: int, high: int) -> bool:
-        """Whether memory is written between two positions."""
+        """Whether memory is written between two nodes."""
+        low, high = self[first], self[last]
         return _count_between(self._writes, low, high) > 0
 
     def draws_within(self, low: int, high: int) -> int:
@@ -95,11 +93,11 @@ class KeptLogits:
 
     def move_problem(self, logit: Node, anchor: Node) -> str | None:
         """What forbids to move the nodes of a further site, and with them those of the sites that
-        may wait for it; or None."""
+        may wait for it; or None. The matcher has seen that no site moves past a write."""
         low, high = self._moves.union(self._order[logit], self._order[anchor])
         if self._order.draws_within(low, high) > 1:
             return "random numbers are drawn"
-        return "memory is written" if self._order.writes_within(low, high) else None
+        return None
 
     def add(self, logit: Node, anchor: Node, operands: list[Node]) -> None:
         self._operands[logit] = operands

@@ -105,7 +105,8 @@ class Corpus:
         key = (str(graph), *vals, repr(options), phase, str(settings))
         if key not in self._seen:
             self._seen.add(key)
-            self.entries.append(Entry(_copied(graph), options, phase, settings))
+            with contextlib.suppress(NotImplementedError):  # a function without a name
+                self.entries.append(Entry(_copied(graph), options, phase, settings))
 
 
 def _described(node: Node) -> str:
