@@ -131,12 +131,12 @@ DIFFERENT = {
     "strides-do-not-count": (torch.ones(2, 4), torch.ones(4, 2).t(), False, True),
     "strides-of-size-one": (ONES, ONES.as_strided((1, 4), (7, 1)), True, True),
 }
+"""Two tensors, whether their strides count, and whether one may stand for the other."""
 
 
-@pytest.mark.parametrize(
-    ("new", "old", "strides", "same"), DIFFERENT.values(), ids=DIFFERENT.keys()
-)
-def test_what_the_op_may_return(new: Tensor, old: Tensor, strides: bool, same: bool) -> None:
+@pytest.mark.parametrize("case", DIFFERENT.values(), ids=DIFFERENT.keys())
+def test_what_the_op_may_return(case: tuple[Tensor, Tensor, bool, bool]) -> None:
+    new, old, strides, same = case
     with contextlib.nullcontext() if same else pytest.raises(DifferentResult):
         _check_same(new, old, strides)
 

@@ -105,7 +105,7 @@ class Corpus:
         key = (str(graph), *vals, repr(options), phase, str(settings))
         if key not in self._seen:
             self._seen.add(key)
-            with contextlib.suppress(NotImplementedError):  # a function without a name
+            with contextlib.suppress(AttributeError):  # a function without a name
                 self.entries.append(Entry(_copied(graph), options, phase, settings))
 
 
