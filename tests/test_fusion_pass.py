@@ -75,6 +75,14 @@ def test_a_failed_rewrite_is_undone(monkeypatch: pytest.MonkeyPatch, broken: str
     assert op_nodes(graph) > 0
 
 
+def test_a_graph_without_gates_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = post_grad_graph(torch.tanh, (torch.randn(4),))
+    monkeypatch.setattr(Graph, "lint", fail)
+    with gatefuse.record() as report:
+        GateFusionPass()(graph)
+    assert report.graphs[0].error is None
+
+
 def test_ops_that_wait_for_each_other_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if the matcher overlooked a cycle."""
     from tests.test_negatives import Negative, values_from_each_others_logits

@@ -221,10 +221,12 @@ _SHAPES: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Negative:
-    """fn: left alone. candidates: sigmoids in it, each of which must be rejected."""
+    """fn: left alone. reason: part of what the report says of each candidate. candidates: sigmoids
+    in it, each of which must be rejected."""
 
     id: str
     fn: Callable[..., Any]
+    reason: str = ""
     dtype: torch.dtype = torch.float32
     candidates: int = 1
     coordinate_descent: bool = False
@@ -242,54 +244,54 @@ class Negative:
 BF16 = torch.bfloat16
 
 NEGATIVES = [
-    Negative("elementwise-gate", elementwise_gate, BF16),
-    Negative("elementwise-gate-train", elementwise_gate, grad=True),
-    Negative("value-one-wide", elementwise_gate_on_width_one),
-    Negative("affine-logit", affine_logit, BF16),
-    Negative("affine-logit-cdt", affine_logit, BF16, coordinate_descent=True),
-    Negative("scaled-logit", scaled_logit),
-    Negative("scaled-logit-cdt", scaled_logit, coordinate_descent=True),
-    Negative("shifted-logit", shifted_logit),
-    Negative("negated-logit", negated_logit),
-    Negative("clamped-logit", clamped_logit),
-    Negative("nonlinear-logit", nonlinear_logit, BF16),
-    Negative("max-logit", max_logit),
-    Negative("mean-logit", mean_logit),
-    Negative("bilinear-logit", bilinear_logit),
-    Negative("sum-over-rows", sum_over_rows),
-    Negative("logit-is-input", logit_is_input, BF16),
-    Negative("gate-plus-epsilon", gate_plus_epsilon),
-    Negative("gate-scaled", gate_scaled),
-    Negative("gate-squared", gate_squared),
-    Negative("gate-divides", gate_divides),
-    Negative("lerp", lerp),
-    Negative("lerp-written-out", lerp_written_out),
-    Negative("lerp-written-out-bf16", lerp_written_out, BF16),
-    Negative("one-gate-for-several-heads", one_gate_for_several_heads),
-    Negative("wider-than-value", wider_than_value),
-    Negative("value-broadcast-over-rows", value_broadcast_over_rows),
+    Negative("elementwise-gate", elementwise_gate, "64 outputs, not 1", BF16),
+    Negative("elementwise-gate-train", elementwise_gate, "64 outputs, not 1", grad=True),
+    Negative("value-one-wide", elementwise_gate_on_width_one, "one element wide"),
+    Negative("affine-logit", affine_logit, "comes from aten.mul", BF16),
+    Negative("affine-logit-cdt", affine_logit, "from aten.mul", BF16, coordinate_descent=True),
+    Negative("scaled-logit", scaled_logit, "affine"),
+    Negative("scaled-logit-cdt", scaled_logit, "affine", coordinate_descent=True),
+    Negative("shifted-logit", shifted_logit, "affine"),
+    Negative("negated-logit", negated_logit, "affine"),
+    Negative("clamped-logit", clamped_logit, "comes from aten.clamp"),
+    Negative("nonlinear-logit", nonlinear_logit, "comes from aten.tanh", BF16),
+    Negative("max-logit", max_logit, "comes from aten.amax"),
+    Negative("mean-logit", mean_logit, "comes from an input"),
+    Negative("bilinear-logit", bilinear_logit, "neither factor is one row of weights"),
+    Negative("sum-over-rows", sum_over_rows, "a dimension that is not the last"),
+    Negative("logit-is-input", logit_is_input, "an input of the graph", BF16),
+    Negative("gate-plus-epsilon", gate_plus_epsilon, "goes into aten.add"),
+    Negative("gate-scaled", gate_scaled, "by a constant or by itself"),
+    Negative("gate-squared", gate_squared, "by a constant or by itself"),
+    Negative("gate-divides", gate_divides, "goes into aten.div"),
+    Negative("lerp", lerp, "goes into aten"),
+    Negative("lerp-written-out", lerp_written_out, "a lerp"),
+    Negative("lerp-written-out-bf16", lerp_written_out, "a lerp", BF16),
+    Negative("one-gate-for-several-heads", one_gate_for_several_heads, "several rows"),
+    Negative("wider-than-value", wider_than_value, "goes into aten.expand"),
+    Negative("value-broadcast-over-rows", value_broadcast_over_rows, "wider than the value"),
     Negative("gate-broadcast-over-rows", gate_broadcast_over_rows),
-    Negative("transposed-rows", transposed_rows),
-    Negative("per-head-gate", per_head_gate, BF16),
-    Negative("router", router),
-    Negative("gate-only", gate_only, BF16),
-    Negative("softplus-gate", softplus_gate),
-    Negative("tanh-gate", tanh_gate),
+    Negative("transposed-rows", transposed_rows, "several rows"),
+    Negative("per-head-gate", per_head_gate, "4 outputs, not 1", BF16),
+    Negative("router", router, "4 outputs, not 1"),
+    Negative("gate-only", gate_only, "which returns it", BF16),
+    Negative("softplus-gate", softplus_gate, "not a sigmoid, but"),
+    Negative("tanh-gate", tanh_gate, "not a sigmoid, but aten.tanh"),
     Negative("silu-mlp", silu_mlp, candidates=0),
-    Negative("delta-net-beta", delta_net_beta),
-    Negative("batched-weights", batched_weights),
-    Negative("bias-per-row", bias_per_row),
-    Negative("two-linears", two_linears),
-    Negative("scaled-addmm", scaled_addmm),
-    Negative("second-of-two-columns", second_of_two_columns),
-    Negative("padded-in-front", padded_in_front),
-    Negative("every-second-row", every_second_row),
-    Negative("fp64", linear, torch.float64),
-    Negative("fp64-value", linear, dtypes={"v": torch.float64}),
-    Negative("integer-value", integer_value),
-    Negative("integer-logit", integer_logit),
-    Negative("complex-value", complex_value),
-    Negative("value-from-logit", value_from_logit),
+    Negative("delta-net-beta", delta_net_beta, "4 outputs, not 1"),
+    Negative("batched-weights", batched_weights, "one weight per batch"),
+    Negative("bias-per-row", bias_per_row, "differs from row to row"),
+    Negative("two-linears", two_linears, "differs from row to row"),
+    Negative("scaled-addmm", scaled_addmm, "alpha or beta"),
+    Negative("second-of-two-columns", second_of_two_columns, "a slice"),
+    Negative("padded-in-front", padded_in_front, "a slice"),
+    Negative("every-second-row", every_second_row, "a slice"),
+    Negative("fp64", linear, "is float64", torch.float64),
+    Negative("fp64-value", linear, "the value is float64", dtypes={"v": torch.float64}),
+    Negative("integer-value", integer_value, "the value is int64"),
+    Negative("integer-logit", integer_logit, "comes from an input"),
+    Negative("complex-value", complex_value, "the value is complex64"),
+    Negative("value-from-logit", value_from_logit, "the value depends on the logit"),
     Negative("dropout-gate", dropout_gate),
 ]
 
@@ -311,6 +313,7 @@ def test_left_alone(negative: Negative) -> None:
     assert [len(g.rejections) for g in forward] == [negative.candidates]
     for rejection in result.report.rejections:
         assert rejection.reason
+        assert negative.reason in rejection.reason
         assert rejection.node
     for graph in forward:
         assert graph.after is None or op_nodes(graph.after) == 0

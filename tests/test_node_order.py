@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import inductor_prims
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -181,6 +183,102 @@ def test_a_body_that_writes_is_not_passed() -> None:
         assert ["memory is written" in r.reason for r in rejections] == [True] * (1 - fused)
 
 
+hops = torch.ops.higher_order
+
+BETWEEN: dict[str, tuple[str, Any, tuple[Any, ...], bool]] = {
+    "module": ("call_module", "unknown", (), True),
+    "method": ("call_method", "relu", (), True),
+    "setitem": ("call_function", operator.setitem, (0, 0.0), True),
+    "function": ("call_function", operator.getitem, (0,), False),
+    "write": ("call_function", aten.zero_.default, (), True),
+    "computation": ("call_function", aten.relu.default, (), False),
+    "functionalized": ("call_function", hops.auto_functionalized, (aten.zero_.default,), False),
+    "functionalized-v2": (
+        "call_function", hops.auto_functionalized_v2, (aten.zero_.default,), False
+    ),
+    "effect": ("call_function", hops.with_effects, (aten.relu.default,), True),
+    "called-write": ("call_function", hops.run_and_save_rng_state, (aten.zero_.default,), True),
+    "called": ("call_function", hops.run_and_save_rng_state, (aten.relu.default,), False),
+    "kernel": ("call_function", hops.triton_kernel_wrapper_mutation, (), True),
+    "functional-kernel": ("call_function", hops.triton_kernel_wrapper_functional, (), False),
+}  # fmt: skip
+"""What stands between linear and multiply, its arguments besides the value, and whether it may
+write to memory."""
+
+
+@pytest.mark.parametrize("keyword", [False, True], ids=["", "keyword"])
+@pytest.mark.parametrize("case", BETWEEN.values(), ids=BETWEEN.keys())
+def test_what_may_write_is_not_passed(case: Any, keyword: bool) -> None:
+    op, target, arguments, writes = case
+    inputs = randn(6, 16), randn(1, 16)
+    graph = traced(lambda x, w, v: torch.sigmoid(F.linear(x, w)) * v, *inputs)
+    (linear,) = graph.find_nodes(op="call_function", target=aten.mm.default)
+    value = graph.find_nodes(op="placeholder")[2]
+    args = () if keyword else (*arguments, value)
+    kwargs = {f"k{i}": a for i, a in enumerate(arguments)} if keyword else {}
+    with graph.inserting_after(linear):
+        graph.create_node(op, target, args, kwargs)
+    sites, rejections = find_sites(graph)
+    assert len(sites) == 1 - writes
+    assert ["memory is written" in r.reason for r in rejections] == [True] * writes
+
+
+def two_draws(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    """The first reads the logit, which the op returns after the second."""
+    z = F.linear(x, w)
+    first, second = torch.poisson(z.abs()), torch.rand_like(v)
+    return torch.sigmoid(z) * v, z, first, second
+
+
+@pytest.mark.parametrize("draws", [0, 1, 2])
+def test_one_draw_may_be_passed_by_a_kept_logit(draws: int) -> None:
+    """Two may not: one could then stand before the other."""
+    graph = traced(two_draws, randn(6, 16), randn(1, 16))
+    found = [
+        n for n in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+    ]
+    assert len(found) == 2
+    for node in found[draws:]:
+        node.target, node.args, node.kwargs = aten.relu.default, node.args[:1], {}
+    sites, rejections = find_sites(graph)
+    assert len(sites) == (draws < 2)
+    assert ["random numbers" in r.reason for r in rejections] == [True] * (draws == 2)
+
+
+def draws_around_two_gates(x: Tensor, w: Tensor, v: Tensor, u: Tensor) -> Any:
+    """Each draw between a gate's logit and its product; only the second logit is returned."""
+    za = F.linear(x, w)
+    first = torch.rand_like(v)
+    zb = F.linear(u, w)
+    ya = torch.sigmoid(za) * (v + first)
+    second = torch.rand_like(v)
+    return ya, torch.sigmoid(zb) * u, zb, second
+
+
+def test_a_logit_that_nobody_else_reads_moves_nothing() -> None:
+    graph = traced(two_draws, randn(6, 16), randn(1, 16))
+    graph.output_node().args = ([graph.output_node().args[0][0]],)
+    for node in graph.find_nodes(op="call_function", target=aten.abs.default):
+        node.replace_input_with(node.args[0], graph.find_nodes(op="placeholder")[0])
+    assert [site.keeps_logit for site in find_sites(graph)[0]] == [False]
+    graph = traced(draws_around_two_gates, randn(6, 16), randn(1, 16))
+    assert [site.keeps_logit for site in find_sites(graph)[0]] == [False, True]
+
+
+@pytest.mark.parametrize("seeds", [False, True])
+def test_inductors_draws_have_an_order_by_their_seeds(seeds: bool) -> None:
+    """Its random operators compute from a seed; the seed is drawn."""
+    graph = traced(two_draws, randn(6, 16), randn(1, 16))
+    (second,) = graph.find_nodes(op="call_function", target=aten.rand_like.default)
+    second.target, second.kwargs = inductor_prims.random, {}
+    second.args = ([6, 16], graph.find_nodes(op="placeholder")[0], "rand")
+    if seeds:
+        second.target, second.args = inductor_prims.seeds, (1, torch.device("cpu"))
+    sites, rejections = find_sites(graph)
+    assert len(sites) == 1 - seeds
+    assert ["random numbers" in r.reason for r in rejections] == [True] * seeds
+
+
 # --- writes to memory ---------------------------------------------------------------------------
 
 
@@ -250,6 +348,30 @@ def test_writes_are_not_passed(
     check_unchanged(written(traced(fn, *inputs), target, which, placeholder), *inputs)
 
 
+def test_a_write_after_the_first_of_two_conversions() -> None:
+    """The op reads what the first one reads."""
+
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        first, second = (x * 2).to(torch.bfloat16), w.to(torch.bfloat16)
+        wide = first.float()
+        return torch.sigmoid((second.float() * wide).sum(-1, True)) * v
+
+    graph = traced(fn, randn(6, 16), randn(1, 16))
+    conversions = graph.find_nodes(op="call_function", target=aten._to_copy.default)
+    assert len(find_sites(graph)[0]) == 1
+    with graph.inserting_after(conversions[2]):
+        graph.call_function(aten.zero_.default, (conversions[0],))
+    assert not find_sites(graph)[0]
+
+
+def test_a_write_before_the_linear_is_not_passed_by_it() -> None:
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(F.linear(torch.tanh(x), w)) * v
+
+    graph = traced(fn, randn(6, 16), randn(1, 16))
+    assert len(find_sites(written(graph, aten.tanh.default, 0, 0))[0]) == 1
+
+
 def test_without_a_write_all_of_these_are_fused() -> None:
     """Or the test above would show nothing."""
     inputs = randn(6, 16), randn(1, 16), randn(6, 16), randn(6, 16)
@@ -278,6 +400,8 @@ def test_stretches_that_overlap_become_one() -> None:
     assert stretches.union(30, 35) == (30, 35)
     assert stretches.union(15, 17) == (10, 20)
     assert stretches.union(18, 45) == (10, 50)
+    assert stretches.union(20, 25) == (10, 25)
+    assert stretches.union(5, 10) == (5, 20)
     stretches.add(45, 65)
     assert stretches.union(69, 80) == (40, 80)
     assert stretches.union(25, 26) == (25, 26)

@@ -292,3 +292,31 @@ def test_other_padding_is_no_padding() -> None:
     compared = compile_and_compare(fn, operands())
     compared.check()
     assert compared.report.fused == 0
+
+
+NO_SIGMOIDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "reciprocal": lambda z, v: torch.reciprocal(torch.exp(z)) * v,
+    "reciprocal-plus-one": lambda z, v: 1 / (1 + torch.relu(z)) * v,
+    "exp-of-the-logit": lambda z, v: 1 / (1 + torch.exp(z)) * v,
+    "tanh": lambda z, v: torch.tanh(z) * v,
+    "tanh-of-a-product": lambda z, v: (0.5 * torch.tanh(z * v[:, :1]) + 0.5) * v,
+    "tanh-of-a-quotient": lambda z, v: (0.5 * torch.tanh(z / v[:, :1]) + 0.5) * v,
+    "tanh-of-a-quotient-by-zero": lambda z, v: (0.5 * torch.tanh(z / 0.0) + 0.5) * v,
+    "tanh-by-a-third": lambda z, v: (0.3 * torch.tanh(z / 2) + 0.5) * v,
+    "tanh-plus-a-quarter": lambda z, v: (0.5 * torch.tanh(z / 2) + 0.25) * v,
+    "tanh-minus-a-half": lambda z, v: (0.5 * torch.tanh(z / 2) - 0.5) * v,
+    "tanh-halved-and-squared": lambda z, v: (0.5 * torch.tanh(z / 2)).square() * v,
+}
+
+
+@pytest.mark.parametrize("other", NO_SIGMOIDS.values(), ids=NO_SIGMOIDS.keys())
+def test_no_sigmoid_beside_a_gate(other: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """What begins like a sigmoid of other functions is none, and spoils no gate beside it."""
+
+    def fn(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
+        return torch.sigmoid(F.linear(x, w)) * v, other(F.linear(r, w[:, :16]), v)
+
+    compared = compile_and_compare(fn, operands())
+    compared.check()
+    assert compared.report.fused == 1
+    assert [g.error for g in compared.report.graphs] == [None]

@@ -10,6 +10,7 @@ than the unfused gate. The measurements behind the rule are the providers ``gate
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def _made_by_inductor(operand: Any) -> bool:
 
 def _computed_by_inductor(node: Node) -> bool:
     """The same of a node of the graph, before it is lowered."""
-    while node.op == "call_function" and node.target in _NO_COMPUTATION:
+    while node.target in _NO_COMPUTATION:
         node = source_of(node)
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and not _is_opaque(target)
@@ -119,13 +120,11 @@ def _fusible_user(node: Node) -> Node | None:
     stack = list(node.users)
     while stack:
         user = stack.pop()
-        if user.op == "output":
-            continue
         target = user.target
         if not isinstance(target, torch._ops.OpOverload):
-            if user.op == "call_function" and getattr(target, "__name__", "") == "getitem":
+            if target is operator.getitem:
                 stack.extend(user.users)
-            continue  # higher-order operators
+            continue  # higher-order operators, the output
         if target in _NO_COMPUTATION:
             stack.extend(user.users)
         elif not _is_opaque(target):

@@ -114,8 +114,6 @@ def _moves_only_ones(node: Node) -> bool:
 
 def is_shape_op(node: Node) -> bool:
     """An operator that keeps elements, their number and their row-major order."""
-    if node.op != "call_function":
-        return False
     if node.target in VIEWS or node.target is aten.clone.default:
         return True
     if node.target in TRANSPOSES:
@@ -128,7 +126,7 @@ def is_shape_op(node: Node) -> bool:
 
 def is_float_conversion(node: Node) -> bool:
     """A conversion between the float types of the op, on one device."""
-    if node.op != "call_function" or node.target not in _CONVERSIONS:
+    if node.target not in _CONVERSIONS:
         return False
     source, result = val_of(arguments(node)[0]), val_of(node)
     return (
@@ -144,12 +142,7 @@ def is_neutral(node: Node) -> bool:
     """Neither computes nor reorders: shape operators, float conversions, multiplication by 1."""
     if is_shape_op(node) or is_float_conversion(node):
         return True
-    return (
-        node.op == "call_function"
-        and node.target is aten.mul.Tensor
-        and isinstance(factor := arguments(node)[1], (int, float))
-        and factor == 1
-    )
+    return node.target is aten.mul.Tensor and arguments(node)[1] == 1
 
 
 def source_of(node: Node) -> Node:

@@ -114,7 +114,7 @@ def _match_products(sigmoid: Node) -> tuple[list[_Product], str]:
                 ends.append(user)
                 continue
             other = factors[1] if factors[0] is node else factors[0]
-            if not isinstance(other, Node) or other is node or val_of(other) is None:
+            if other is node or val_of(other) is None:
                 problem = "the gate is multiplied by a constant or by itself"
                 continue
             shapes = (tensor_of(n, "a factor").shape for n in (node, other, user))
@@ -156,7 +156,7 @@ def _broadcasts_last(node: Node) -> bool:
     return (
         source is not None
         and result is not None
-        and source.dim() == result.dim() >= 1
+        and source.dim() >= 1
         and known(source.shape[-1] == 1)
         and same_shape(source.shape[:-1], result.shape[:-1])
     )
@@ -183,8 +183,6 @@ def _match_addend(mul: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
     width = tensor_of(mul, "the product").shape[-1]
     while len(node.users) == 1:
         user = next(iter(node.users))
-        if user.op != "call_function":
-            return None
         out = val_of(user)
         if out is None or out.dtype != tensor_of(mul, "the product").dtype:
             return None
@@ -193,23 +191,22 @@ def _match_addend(mul: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
             if alpha != 1:
                 return None
             addend = b if a is node else a
-            if not isinstance(addend, Node) or addend is node:
+            if addend is node:
                 return None
             av = val_of(addend)
             if (
                 av is None
                 or av.dtype != out.dtype
-                or av.device != out.device
                 or not same_shape(av.shape, out.shape)
                 or not same_shape(out.shape, tensor_of(node, "the product").shape)
             ):
                 return None
             return user, addend, tuple(views)
-        if (
-            user.target not in (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-            or out.dim() < 1
-            or not known(out.shape[-1] == width)
-        ):
+        if user.target not in (
+            aten.view.default,
+            aten.reshape.default,
+            aten._unsafe_view.default,
+        ) or not known(out.shape[-1] == width):
             return None
         views.append(user)
         node = user
@@ -299,8 +296,6 @@ def _site(
             anchor, addend, views = mul, None, ()
         if logit_shape_op(logit, linear.input) is None:
             raise NoMatch("the logit is used elsewhere, in a shape that is not one per row")
-        if (problem := kept.move_problem(logit, anchor)) is not None:
-            raise NoMatch(f"{problem} between the linear and the multiply")
     return Site(
         sigmoid=sigmoid,
         logit=logit,
@@ -321,7 +316,7 @@ def _site(
 
 def _adds_lerp(add: Node, mul: Node, gate: set[Node]) -> bool:
     """Whether ``add`` is ``mul + (1 - gate) * other``."""
-    if add.op != "call_function" or add.target is not aten.add.Tensor:
+    if add.target is not aten.add.Tensor:
         return False
     others = [n for n in add.all_input_nodes if n is not mul and n.target is aten.mul.Tensor]
     complements = [n for other in others for n in other.all_input_nodes]

@@ -52,7 +52,7 @@ class Linear:
 
 def _unpadded(node: Node) -> Node:
     """What is padded with zeros at the ends of its dimensions, or ``node``."""
-    while node.op == "call_function" and node.target is aten.constant_pad_nd.default:
+    while node.target is aten.constant_pad_nd.default:
         _, pads, fill = arguments(node)
         if fill != 0 or any(p != 0 for p in pads[::2]) or any(p < 0 for p in pads[1::2]):
             break
@@ -65,7 +65,7 @@ def _before_slices(node: Node) -> Node:
 
     Inductor pads products to multiples of 8 where it finds that faster (``shape_padding``).
     """
-    while node.op == "call_function" and node.target is aten.slice.Tensor:
+    while node.target is aten.slice.Tensor:
         _, _, start, _, step = arguments(node)
         if start not in (0, None) or step != 1:
             raise NoMatch("the logit is a slice")
@@ -81,8 +81,6 @@ def _linear_of_mm(x: Node, w: Node, bias: Node | None, cut_to: Shape | None) -> 
     if cut_to is not None:
         x, w = _unpadded(x), _unpadded(w)
     xv, wv = tensor_of(x, "the input of the linear"), tensor_of(w, "the weight")
-    if min(xv.dim(), wv.dim()) < 2:
-        raise NoMatch("the weight is not one row")
     if cut_to is not None and not (
         same_shape(cut_to, [*xv.shape[:-1], wv.shape[-1]]) and known(xv.shape[-1] == wv.shape[-2])
     ):
@@ -98,7 +96,7 @@ def _match_sum(node: Node) -> Linear:
     product, dims, *_ = arguments(node)
     while is_float_conversion(product) and widens(product):
         product = source_of(product)
-    if product.op != "call_function" or product.target is not aten.mul.Tensor:
+    if product.target is not aten.mul.Tensor:
         raise _not_linear(product)
     pv = tensor_of(product, "the product")
     if not isinstance(dims, (list, tuple)) or len(dims) != 1:
@@ -108,9 +106,9 @@ def _match_sum(node: Node) -> Linear:
         raise NoMatch("the logit is a sum over a dimension that is not the last")
     width = pv.shape[dim]
     factors = arguments(product)
+    if not all(isinstance(factor, Node) for factor in factors):
+        raise NoMatch(f"{_NOT_LINEAR}: it is a sum of products with a constant")
     for x, w in (factors, factors[::-1]):
-        if not isinstance(x, Node) or not isinstance(w, Node):
-            raise NoMatch(f"{_NOT_LINEAR}: it is a sum of products with a constant")
         xv, wv = tensor_of(x, "the input of the linear"), tensor_of(w, "the weight")
         if not same_shape(xv.shape, pv.shape):
             continue
@@ -154,9 +152,9 @@ def _match_linear(node: Node, cut_to: Shape | None = None) -> Linear:
     if target is aten.bmm.default:
         x, w = args[:2]
         weight = tensor_of(w, "the weight")
-        if w.op == "call_function" and w.target is aten.expand.default:
+        if w.target is aten.expand.default:
             one = tensor_of(source_of(w), "the weight")
-            if one.dim() >= 2 and same_shape(one.shape[-2:], weight.shape[-2:]):
+            if same_shape(one.shape[-2:], weight.shape[-2:]):
                 w, weight = source_of(w), one  # one weight for all batches
         if weight.dim() == 3 and not known(weight.shape[0] == 1):
             raise NoMatch("the logit is a batched product with one weight per batch")
@@ -185,12 +183,12 @@ def match_logit(sigmoid: Sigmoid) -> tuple[Node, list[Node], Linear]:
         node = source_of(node)
     chain.append(node)
     logit, cut_to = node, None
-    if node.op == "call_function" and node.target is aten.slice.Tensor:
+    if node.target is aten.slice.Tensor:
         cut_to = tensor_of(node, "the logit").shape
         node = _before_slices(node)
-    if node.op == "call_function" and node.target is aten.add.Tensor:
+    if node.target is aten.add.Tensor:
         linear = _match_biased(node, cut_to)
-    elif node.op == "call_function" and node.target in (
+    elif node.target in (
         aten.mul.Tensor,
         aten.div.Tensor,
         aten.sub.Tensor,
@@ -207,7 +205,7 @@ def _match_biased(add: Node, cut_to: Shape | None) -> Linear:
     a, b, alpha = arguments(add)
     if alpha != 1:
         raise NoMatch("the bias is scaled")
-    if not (isinstance(a, Node) and isinstance(b, Node)):
+    if not isinstance(b, Node):
         raise NoMatch("a constant is added to the logit before the sigmoid")
     problem = "something other than one bias is added to the logit"
     for linear, bias in ((a, b), (b, a)):

@@ -48,12 +48,12 @@ def find_sigmoids(graph: Graph) -> Iterator[Sigmoid]:
                     yield Sigmoid(node, source, (mul, tanh, halved))
 
 
-def _call(node: Any, target: torch._ops.OpOverload) -> Any:
+def _call(node: Node, target: torch._ops.OpOverload) -> Node | None:
     """The node if it is a call of ``target``, or None."""
-    return node if isinstance(node, Node) and node.target is target else None
+    return node if node.target is target else None
 
 
-def _scaled(node: Any, factor: float) -> Any:
+def _scaled(node: Node, factor: float) -> Any:
     """The node ``x`` where the node is ``factor * x``, or None."""
     if mul := _call(node, aten.mul.Tensor):
         source, by = arguments(mul)
@@ -62,4 +62,4 @@ def _scaled(node: Any, factor: float) -> Any:
         by = 1 / by if isinstance(by, (int, float)) and by else None
     else:
         return None
-    return source if by == factor and isinstance(source, Node) else None
+    return source if by == factor else None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Set
 import torch
 from torch.fx import Graph, Node
 
-from gatefuse.inductor.fx_utils import arguments, described, known, val_of
+from gatefuse.inductor.fx_utils import described, known, same_shape, val_of
 from gatefuse.inductor.match_linear import PACKED
 
 __all__ = ["near_misses"]
@@ -38,7 +38,7 @@ def near_misses(graph: Graph, taken: Set[Node]) -> Iterator[tuple[Node, str]]:
                     )
     for node in graph.nodes:
         # Inductor packs linears for the CPU in functions of its own, activations included.
-        packed = node.op == "call_function" and isinstance(node.target, functools.partial)
+        packed = isinstance(node.target, functools.partial)
         if packed and any(_scales_rows(node, user) for user in node.users):
             yield node, PACKED
 
@@ -60,7 +60,7 @@ def _functions_to_product(linear: Node) -> list[Node]:
             if _scales_rows(node, user):
                 if functions:
                     return functions
-            elif len(functions) < _FARTHEST and _per_row(user, out):
+            elif len(functions) < _FARTHEST and _per_row(user, val, out):
                 queue.append((user, [*functions, user]))
     return []
 
@@ -70,7 +70,6 @@ def _scales_rows(gate: Node, product: Node) -> bool:
     out, gv = val_of(product), val_of(gate)
     return (
         product.target in (aten.mul.Tensor, aten.div.Tensor)
-        and all(val_of(n) is not None for n in arguments(product))
         and out is not None
         and gv is not None
         and gv.dim() == out.dim() >= 2
@@ -80,8 +79,10 @@ def _scales_rows(gate: Node, product: Node) -> bool:
     )
 
 
-def _per_row(node: Node, out: torch.Tensor) -> bool:
-    """Whether a node computes a value or two for each row, as an activation does."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+def _per_row(node: Node, source: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether a node computes a value or two for each row, as an activation does, from ``source``,
+    which has one or two."""
+    if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    return out.dim() < 1 or known(out.shape[-1] == 1) or known(out.shape[-1] == 2)
+    wide = not (known(out.shape[-1] == 1) or known(out.shape[-1] == 2))
+    return not wide or same_shape(out.shape, source.shape)

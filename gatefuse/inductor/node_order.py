@@ -40,10 +40,7 @@ class Order:
 
     def writes_between(self, first: Node, last: Node) -> bool:
         """Whether a node in between writes to memory."""
-        return self.writes_within(self[first], self[last])
-
-    def writes_within(self, low: int, high: int) -> bool:
-        """Whether memory is written between two positions."""
+        low, high = self[first], self[last]
         return _count_between(self._writes, low, high) > 0
 
     def draws(self) -> int:
@@ -53,7 +50,7 @@ class Order:
 
 
 def _count_between(positions: list[int], low: int, high: int) -> int:
-    return max(0, bisect.bisect_left(positions, high) - bisect.bisect_right(positions, low))
+    return bisect.bisect_left(positions, high) - bisect.bisect_right(positions, low)
 
 
 class Stretches:
@@ -96,12 +93,6 @@ class KeptLogits:
         position = self._order[logit]
         lowest, _ = self._moves.union(position, position)
         return not chain.isdisjoint(upstream(nodes, lowest, self._order, self._operands))
-
-    def move_problem(self, logit: Node, anchor: Node) -> str | None:
-        """What forbids to move the nodes of a further site, and with them those of the sites that
-        may wait for it; or None."""
-        low, high = self._moves.union(self._order[logit], self._order[anchor])
-        return "memory is written" if self._order.writes_within(low, high) else None
 
     def add(self, logit: Node, anchor: Node, operands: list[Node]) -> None:
         """Add a site whose op takes the place of its logit."""

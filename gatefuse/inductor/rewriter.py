@@ -102,7 +102,7 @@ class Rewriter:
         erased = set[Node]()
         while stack:
             node = stack.pop()
-            if node.users or node in erased or node.op != "call_function" or node.is_impure():
+            if node.users or node in erased or node.is_impure():
                 continue
             erased.add(node)
             sources = node.all_input_nodes
@@ -152,8 +152,7 @@ class Rewriter:
         if given != site_dtype(site):
             value = call(prims.convert_element_type.default, value, wanted)
         for view in site.value_views:
-            args = (self._now(a) if isinstance(a, Node) else a for a in view.args[1:])
-            value = call(view.target, value, *args)
+            value = call(view.target, value, *view.args[1:])
 
         operands = [input, weight, value, bias, addend]
         while operands[-1] is None:
