@@ -17,7 +17,8 @@ import importlib.util
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,11 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
     return list(rows.values())
 
 
-def run(cases: Sequence[ModuleCase], run: Run) -> tuple[Path, int]:
-    """Measure ``cases``; see :func:`benchmarks.sweep.sweep`. Raises BenchError without
+def run(args: Namespace, run: Run) -> tuple[Path, int]:
+    """Measure the chosen modules; see :func:`benchmarks.sweep.sweep`. Raises BenchError without
     transformers."""
     if importlib.util.find_spec("transformers") is None:
         raise BenchError("transformers is not installed: pip install 'gatefuse[demo]'")
+    rows = args.rows or ((4, 300) if run.small else grid.MODULE_ROWS)
+    cases = grid.module_cases(args.models, args.parts, rows, args.modes)
     return sweep("modules", run, cases, functools.partial(run_case, run), failed_rows)
