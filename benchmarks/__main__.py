@@ -7,12 +7,11 @@ the time was over before all was measured.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from benchmarks import grid
 from benchmarks.sweep import BenchError, Run
@@ -45,18 +44,18 @@ def _parser() -> argparse.ArgumentParser:
     publish = commands.add_parser("publish", help="write RESULTS.md, README's summary, the plots")
     publish.set_defaults(command=_publish)
 
-    def suite(name: str, text: str, measure: Callable[..., Any]) -> argparse.ArgumentParser:
+    def suite(name: str, text: str) -> argparse.ArgumentParser:
         one: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
         one.add_argument("--out", type=Path, default=Path("benchmark-results"), metavar="DIR")
         one.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
         one.add_argument("--time-budget", type=float, default=540, metavar="SECONDS")
         one.add_argument("--processes", type=int, help="that compile; one at a time measures")
         one.add_argument("--quick", action="store_true", help="smallest sizes: does it run?")
-        one.set_defaults(command=_measure, measure=measure)
+        one.set_defaults(command=_measure, suite=name)
         return one
 
     modes, dtypes = _chosen(grid.MODES), _chosen(DTYPES)
-    one = suite("workloads", "GPU or CPU time of the gate alone and in a layer's glue", _workloads)
+    one = suite("workloads", "GPU or CPU time of the gate alone and in a layer's glue")
     one.add_argument("--grid", type=_chosen(grid.GRIDS), help="of " + ",".join(grid.GRIDS))
     one.add_argument("--workloads", type=_chosen((*grid.WORKLOADS, *grid.VARIANTS)))
     one.add_argument("--widths", type=_numbers)
@@ -64,24 +63,24 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--modes", type=modes)
     one.add_argument("--dtypes", type=dtypes)
 
-    one = suite("modules", "modules of transformers: kernels, GPU time", _modules)
+    one = suite("modules", "modules of transformers: kernels, GPU time")
     one.add_argument("--models", type=_chosen(grid.MODULE_MODELS), default=grid.MODULE_MODELS)
     one.add_argument("--parts", type=_chosen(grid.MODULE_PARTS), default=grid.MODULE_PARTS)
     one.add_argument("--rows", type=_numbers)
     one.add_argument("--modes", type=_chosen(grid.MODULE_MODES), default=grid.MODULE_MODES)
 
-    one = suite("host", "host time per call, import and compile time", _host)
+    one = suite("host", "host time per call, import and compile time")
     one.add_argument("--workloads", type=_chosen(grid.WORKLOADS), default=grid.WORKLOADS)
     one.add_argument("--width", type=int, default=2048)
     one.add_argument("--rows", type=int, default=2)
     one.add_argument("--modes", type=modes, default=("default",))
 
-    one = suite("launch-config", "the kernel's launch rule, on CUDA", _launch_config)
+    one = suite("launch-config", "the kernel's launch rule, on CUDA")
     one.add_argument("--widths", type=_numbers, default=WIDTHS)
     one.add_argument("--rows", type=_numbers, default=(1, 16, 256, 1024, 8192))
     one.add_argument("--dtypes", type=dtypes, default=("bfloat16", "float32"))
 
-    one = suite("sglang", "the op beside SGLang's kernel, on CUDA", _sglang)
+    one = suite("sglang", "the op beside SGLang's kernel, on CUDA")
     one.add_argument("--widths", type=_numbers, default=WIDTHS)
     one.add_argument("--rows", type=_numbers, default=(1, 4, 16, 64, 256, 1024))
     return parser
@@ -138,54 +137,18 @@ def _measure(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise BenchError("PyTorch finds no CUDA device here")
-    kernel = args.measure in (_launch_config, _sglang)
-    if kernel and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if args.suite in ("launch-config", "sglang") and device != "cuda" and not interpreted:
         raise BenchError("this suite measures the Triton kernel, on a GPU only")
     # All cores but two: what is timed still has one for itself.
     cores = max(1, min(14, (os.cpu_count() or 1) - 2)) if device == "cuda" else 1
     rounds, processes = rounds_of(device, args.quick), args.processes or cores
     run = Run(device, rounds, args.quick, args.out, processes, args.time_budget)
-    path, code = args.measure(args, run)
+    module = importlib.import_module("benchmarks.run_" + args.suite.replace("-", "_"))
+    path, code = module.run(args, run)
     print(publish.report(store.load([path])))
     print(f"{path}: all results; `python -m benchmarks report {path}` prints the tables")
     return int(code)
-
-
-def _workloads(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
-    from benchmarks import run_workloads
-
-    given = {n: getattr(args, n) for n in ("workloads", "widths", "rows", "modes", "dtypes")}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if args.quick:
-        changes = {"widths": (128,), "rows": (2, 64), **changes}
-    names = args.grid or (("main",) if run.device == "cuda" else ("cpu",))
-    grids = [dataclasses.replace(grid.GRIDS[n], device=run.device, **changes) for n in names]
-    return run_workloads.run([case for one in grids for case in one.cases()], run)
-
-
-def _modules(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
-    from benchmarks import run_modules
-
-    rows = args.rows or ((4, 300) if args.quick else grid.MODULE_ROWS)
-    return run_modules.run(grid.module_cases(args.models, args.parts, rows, args.modes), run)
-
-
-def _host(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
-    from benchmarks import run_host
-
-    return run_host.run(args.workloads, args.width, args.rows, args.modes, run)
-
-
-def _launch_config(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
-    from benchmarks import run_launch_config
-
-    return run_launch_config.run(args.widths, args.rows, args.dtypes, run)
-
-
-def _sglang(args: argparse.Namespace, run: Run) -> tuple[Path, int]:
-    from benchmarks import run_sglang
-
-    return run_sglang.run(args.widths, args.rows, run)
 
 
 if __name__ == "__main__":

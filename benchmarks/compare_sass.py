@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -26,8 +25,7 @@ from gatefuse import kernels
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """A launch in bfloat16 (logits in float32); present: optional operands and flags, by name."""
 
     H: int

@@ -103,20 +103,15 @@ def unmeasured(tables: Tables) -> list[str]:
     return ["\n".join(f"- {case}{what}" for case, what in missing(tables.results)) or "Nothing."]
 
 
-def main_tables(tables: Tables) -> list[str]:
-    found = [p for w in WORKLOADS for H in tables.widths for p in tables.times(w, H)]
-    return [measured_on(tables, "workloads"), *found] if found else []
+Section = Callable[[Tables], list[str]]
 
 
-def alone(tables: Tables) -> list[str]:
-    return [part for w in ("mul", "add") for H in tables.widths for part in tables.alone(w, H)]
+def _each(table: Callable[[Tables, str, int], list[str]], workloads: Iterable[str]) -> Section:
+    """A table for each of the workloads and widths."""
+    return lambda tables: [p for w in workloads for H in tables.widths for p in table(tables, w, H)]
 
 
-def costs(workloads: Iterable[str]) -> Callable[[Tables], list[str]]:
-    return lambda t: [p for w in workloads for H in t.widths for p in t.gate_costs(w, H)]
-
-
-def ratios(name: str, values: dict[str, str]) -> Callable[[Tables], list[str]]:
+def ratios(name: str, values: dict[str, str]) -> Section:
     """gatefuse over Inductor for each value of a column, with its title."""
 
     def section(tables: Tables) -> list[str]:
@@ -129,7 +124,7 @@ def ratios(name: str, values: dict[str, str]) -> Callable[[Tables], list[str]]:
     return section
 
 
-def _on(kind: str, section: Callable[[Tables], list[str]]) -> Callable[[Tables], list[str]]:
+def _on(kind: str, section: Section) -> Section:
     """A section that begins with what it was measured on."""
 
     def with_header(tables: Tables) -> list[str]:
@@ -147,14 +142,14 @@ def engines(tables: Tables) -> list[str]:
     return parts
 
 
-SECTIONS: dict[str, Callable[[Tables], list[str]]] = {
+SECTIONS: dict[str, Section] = {
     "Violated thresholds": violated,
     "Slower than another provider in the glue": slower_than_another,
-    "Every provider": main_tables,
-    "The gate alone": alone,
+    "Every provider": _on("workloads", _each(Tables.times, WORKLOADS)),
+    "The gate alone": _each(Tables.alone, ("mul", "add")),
     "Beside the best known kernel": _on("sglang", Tables.beside_sglang),
-    "What the gate costs in a layer's glue": costs(["glue"]),
-    "With other neighbours": costs(grid.VARIANTS),
+    "What the gate costs in a layer's glue": _each(Tables.gate_costs, ["glue"]),
+    "With other neighbours": _each(Tables.gate_costs, grid.VARIANTS),
     "Other widths: gatefuse over Inductor": ratios("dtype", {grid.DTYPE: ""}),
     "Other dtypes: gatefuse over Inductor": ratios(
         "dtype", {dtype: f"{dtype}:" for dtype in grid.GRIDS["dtypes"].dtypes}

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,9 +175,7 @@ def timed_pass() -> Iterator[list[float]]:
         yield spent
 
 
-def run(
-    workloads: Sequence[str], H: int, N: int, modes: Sequence[str], run: Run
-) -> tuple[Path, int]:
+def run(args: Namespace, run: Run) -> tuple[Path, int]:
     """Measure all; the most telling first. Returns the result file and an exit code: 1 if a
     provider failed, 2 if the time was over before all was measured."""
     from benchmarks import store
@@ -188,21 +187,19 @@ def run(
     rows: list[Row] = []
     torch._dynamo.config.recompile_limit = 64
 
-    def calls(workload: str) -> list[Row]:
-        with fresh_cache():
-            return call_rows(workload, H, N, modes, run.device, rounds)
-
-    def compiles(workload: str) -> list[Row]:
-        return compile_rows(workload, H, N, run.device, repeats)
-
+    sizes = (args.width, args.rows)
     works: list[Callable[[], list[Row]]] = [lambda: [import_row(imports)]]
-    works += [functools.partial(work, w) for work in (compiles, calls) for w in workloads]
+    for w in args.workloads:
+        works.append(functools.partial(compile_rows, w, *sizes, run.device, repeats))
+    for w in args.workloads:
+        works.append(functools.partial(call_rows, w, *sizes, args.modes, run.device, rounds))
     with torch.no_grad():
         for done, work in enumerate(works):
             if time.monotonic() - begin > run.time_budget:
                 print(f"{len(works) - done} of {len(works)} parts not run", file=sys.stderr)
                 return path, 2
-            rows += work()
+            with fresh_cache():
+                rows += work()
             store.write(path, {"kind": "host", "header": header, "rows": rows})
             print(f"{time.monotonic() - begin:5.0f} s  {rows[-1]}", file=sys.stderr, flush=True)
     return path, 1 if any("error" in row for row in rows) else 0

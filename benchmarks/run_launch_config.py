@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,17 +115,14 @@ def summary(rows: list[Row]) -> list[str]:
     return lines
 
 
-def run(
-    widths: Sequence[int], rows: Sequence[int], dtypes: Sequence[str], run: Run
-) -> tuple[Path, int]:
+def run(args: Namespace, run: Run) -> tuple[Path, int]:
     """Measure all; see :func:`benchmarks.sweep.sweep`."""
     cases = [
-        LaunchCase(H, tuple(rows), dtype, pdl)
-        for dtype in dtypes
-        for H in widths
+        LaunchCase(H, args.rows, dtype, pdl)
+        for dtype in args.dtypes
+        for H in args.widths
         for pdl in ((False, True) if kernels.supports_pdl(0) else (False,))
     ]
-    work = functools.partial(run_case, run)
-    path, code = sweep("launch-config", run, cases, work)
+    path, code = sweep("launch-config", run, cases, functools.partial(run_case, run))
     print("\n".join(summary(json.loads(path.read_text())["rows"])))
     return path, code

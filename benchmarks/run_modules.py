@@ -17,14 +17,12 @@ import importlib.util
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch._functorch.config
-import torch._inductor.config
 from filelock import BaseFileLock
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
@@ -36,7 +34,13 @@ from benchmarks import grid, model_zoo
 from benchmarks.grid import ModuleCase
 from benchmarks.run_host import timed_pass
 from benchmarks.sweep import BenchError, Row, Run, guard_tuning, sweep
-from gatefuse.bench.measure import fusion_facts, inductor_options, reraise_if_broken, with_own_code
+from gatefuse.bench.measure import (
+    fusion_facts,
+    inductor_options,
+    reraise_if_broken,
+    uncached_compiles,
+    with_own_code,
+)
 from gatefuse.bench.timing import Replay, columns, interleaved
 
 CALLS = 8  # in a sample
@@ -153,15 +157,11 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
     call."""
     guard_tuning(lock)
     torch.manual_seed(zlib.crc32(repr(case).encode()))
-    torch._dynamo.reset()
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools")
-    # A graph from the cache comes without the detail of its sites.
-    torch._inductor.config.fx_graph_cache = False
-    torch._functorch.config.enable_autograd_cache = False
     rows: dict[Draw, Row] = {}
     calls: dict[Draw, Callable[[], Tensor]] = {}
     inductor_error = 0.0
-    with torch.no_grad():
+    with torch.no_grad(), uncached_compiles():
         module, inputs = model_zoo.module(case.model, case.part, case.tokens, run.device, run.small)
         eager = CALL[case.part](module, *inputs).float()
         for provider, draw in draws(case, run.small):
@@ -192,9 +192,11 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
     return list(rows.values())
 
 
-def run(cases: Sequence[ModuleCase], run: Run) -> tuple[Path, int]:
-    """Measure ``cases``; see :func:`benchmarks.sweep.sweep`. Raises BenchError without
+def run(args: Namespace, run: Run) -> tuple[Path, int]:
+    """Measure the chosen modules; see :func:`benchmarks.sweep.sweep`. Raises BenchError without
     transformers."""
     if importlib.util.find_spec("transformers") is None:
         raise BenchError("transformers is not installed: pip install 'gatefuse[demo]'")
+    rows = args.rows or ((4, 300) if run.small else grid.MODULE_ROWS)
+    cases = grid.module_cases(args.models, args.parts, rows, args.modes)
     return sweep("modules", run, cases, functools.partial(run_case, run), failed_rows)

@@ -12,11 +12,12 @@ import functools
 import importlib.metadata
 import importlib.util
 import sys
-import types
 import zlib
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -31,10 +32,15 @@ from gatefuse.bench.timing import plan
 from gatefuse.bench.workloads import bytes_of, make_set
 
 _SOURCE = "kernels/ops/elementwise/elementwise.py"
-_IMPORTED: dict[str, dict[str, Callable[[], bool]]] = {
-    "sglang.kernels.jit.utils": {"is_arch_support_pdl": lambda: kernels.supports_pdl(0)},
-    "sglang.srt.batch_invariant_ops": {"is_batch_invariant_mode_enabled": lambda: False},
-    "sglang.srt.utils": {"is_hip": lambda: False},
+_IMPORTED: dict[str, Any] = {
+    "sglang": SimpleNamespace(),
+    "sglang.kernels.jit.utils": SimpleNamespace(
+        is_arch_support_pdl=lambda: kernels.supports_pdl(0)
+    ),
+    "sglang.srt.batch_invariant_ops": SimpleNamespace(
+        is_batch_invariant_mode_enabled=lambda: False
+    ),
+    "sglang.srt.utils": SimpleNamespace(is_hip=lambda: False),
 }
 """What the source imports from sglang, and all that is used of it."""
 
@@ -55,14 +61,10 @@ def load() -> Any:
     source = Path(next(iter(folders)), _SOURCE) if folders else None
     if source is None or not source.exists():
         raise BenchError("sglang, whose kernel is the baseline, is not installed")
-    modules = {}
-    for name, attributes in _IMPORTED.items():
-        modules[name] = types.ModuleType(name)
-        vars(modules[name]).update(attributes)
     spec = importlib.util.spec_from_file_location("gatefuse_bench_sglang", source)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, {"sglang": types.ModuleType("sglang"), **modules}):
+    with mock.patch.dict(sys.modules, _IMPORTED):
         spec.loader.exec_module(module)
     return module
 
@@ -125,8 +127,8 @@ def run_case(run: Run, case: SGLangCase, lock: BaseFileLock) -> list[Row]:
     return rows
 
 
-def run(widths: Sequence[int], rows: Sequence[int], run: Run) -> tuple[Path, int]:
+def run(args: Namespace, run: Run) -> tuple[Path, int]:
     """Measure all; see :func:`benchmarks.sweep.sweep`. Raises BenchError without sglang."""
     load()
-    cases = [SGLangCase(workload, H, tuple(rows)) for H in widths for workload in ("mul", "add")]
+    cases = [SGLangCase(workload, H, args.rows) for H in args.widths for workload in ("mul", "add")]
     return sweep("sglang", run, cases, functools.partial(run_case, run))

@@ -6,9 +6,11 @@ serves all rows of a width.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo.config
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from filelock import BaseFileLock
 from torch import Tensor, nn
 
-from benchmarks.grid import NO_GATE, VARIANTS, Case, Provider, is_hot
+from benchmarks.grid import GRIDS, NO_GATE, VARIANTS, Case, Provider, is_hot
 from benchmarks.sweep import Row, Run, guard_tuning, sweep
 from gatefuse.bench.measure import (
     Running,
@@ -142,7 +144,13 @@ def failed_rows(case: Case, error: str) -> list[Row]:
     ]
 
 
-def run(cases: Sequence[Case], run: Run) -> tuple[Path, int]:
-    """Measure ``cases``; see :func:`benchmarks.sweep.sweep`."""
+def run(args: Namespace, run: Run) -> tuple[Path, int]:
+    """Measure the chosen grids; see :func:`benchmarks.sweep.sweep`."""
+    given = {n: getattr(args, n) for n in ("workloads", "widths", "rows", "modes", "dtypes")}
+    changes: dict[str, Any] = {"widths": (128,), "rows": (2, 64)} if run.small else {}
+    changes |= {name: value for name, value in given.items() if value is not None}
+    names = args.grid or (("main",) if run.device == "cuda" else ("cpu",))
+    grids = [dataclasses.replace(GRIDS[n], device=run.device, **changes) for n in names]
+    cases = [case for one in grids for case in one.cases()]
     kind = "cpu" if run.device == "cpu" else "workloads"
     return sweep(kind, run, cases, functools.partial(run_case, run.rounds), failed_rows)

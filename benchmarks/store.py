@@ -222,37 +222,29 @@ def _fastest(modules: pd.DataFrame) -> pd.DataFrame:
 def _with_ratios(cases: pd.DataFrame) -> pd.DataFrame:
     """Beside each time those that it is compared with, all of the same run."""
     cases["case"] = [str(Key(*key)) for key in cases[CASE].itertuples(index=False)]
-    mode = ["mode"]
+    inductor = cases[cases["provider"] == "inductor"]
     for hot in ("", "hot_"):
-        inductor = cases[cases["provider"] == "inductor"]
-        cases[f"{hot}inductor_us"] = _look_up(cases, inductor, f"{hot}median_us", mode)
+        cases[f"{hot}inductor_us"] = _look_up(cases, inductor, f"{hot}median_us", ["mode"])
     cases["ratio"] = cases["median_us"] / cases["inductor_us"]
     for provider in BESIDE:
         there = cases[cases["provider"] == provider]
         cases[f"{provider}_us"] = _look_up(cases, there, "median_us", [])
     # The gate's cost: the time minus that without the gate, compiled by Inductor in the same mode
-    # (eager against eager).
-    plain = cases[cases["workload"].str.endswith(NO_GATE)].copy()
-    plain["workload"] = plain["workload"].str.removesuffix(NO_GATE)
-    eager = plain[plain["provider"] == "eager"]
-    inductor = plain[plain["provider"] == "inductor"]
-    without = _look_up(cases, inductor, "median_us", mode)
-    is_eager = cases["provider"] == "eager"
-    without[is_eager] = _look_up(cases, eager, "median_us", [])[is_eager]
+    # (eager, whose mode is "-", against eager).
+    of = cases["workload"].str.endswith(NO_GATE) & cases["provider"].isin(("eager", "inductor"))
+    plain = cases[of].assign(workload=cases["workload"].str.removesuffix(NO_GATE))
+    without = _look_up(cases, plain, "median_us", ["mode"])
     without[cases["provider"].isin(BESIDE)] = float("nan")
     cases["cost_us"] = cases["median_us"] - without
     cases["inductor_cost_us"] = cases["inductor_us"] - without
     # The best provider that computes the gate from compiled or eager code.
     others = cases[~cases["provider"].isin(BESIDE)].sort_values("median_us", kind="stable")
-    best = others.drop_duplicates(CASE)
+    best = others.drop_duplicates(CASE).assign(best=others["provider"] + ", " + others["mode"])
     cases["best_us"] = _look_up(cases, best, "median_us", [])
-    best = best.assign(best=best["provider"] + ", " + best["mode"])
     cases["best"] = _look_up(cases, best, "best", [])
-    alike = cases["dtype"] == DTYPE
-    baseline = pd.read_csv(ROOT / "benchmarks" / "peers.csv", comment="#")
-    baseline = baseline.rename(columns=COLUMNS)
+    baseline = pd.read_csv(ROOT / "benchmarks" / "peers.csv", comment="#").rename(columns=COLUMNS)
     merged = cases.merge(baseline, on=["workload", "H", "N"], how="left")
-    cases["baseline_us"] = merged["peer_pdl"].where(alike)
+    cases["baseline_us"] = merged["peer_pdl"].where(cases["dtype"] == DTYPE)
     return cases
 
 

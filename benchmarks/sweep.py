@@ -175,11 +175,9 @@ def rotated(
     from gatefuse.bench.timing import Replay, interleaved
 
     pool = torch.cuda.graph_pool_handle() if run.device == "cuda" else None
-    replays = {}
-    for key, call in calls.items():
 
-        def call_set(i: int, call: Callable[[Any], Any] = call) -> tuple[Any, ...]:
-            return (call(sets[i % len(sets)]),)
+    def replay(call: Callable[[Any], Any]) -> Replay:
+        return Replay(lambda i: (call(sets[i % len(sets)]),), samples, run.device, pool)
 
-        replays[key] = Replay(call_set, samples, run.device, pool)
+    replays = {key: replay(call) for key, call in calls.items()}
     return interleaved(replays, run.rounds, run.device)

@@ -126,11 +126,17 @@ class Tables:
         table = rows.pivot(index="label", columns="N", values=column)
         return table.reindex([LABELS[p] for p in providers])
 
-    def times(self, workload: str, H: int, **where: str) -> list[str]:
+    def times(self, workload: str, H: int) -> list[str]:
         """µs of every provider, with the spread."""
-        rows = self.select(workload, H, **where)
-        title = f"{TITLES[workload]}, H = {H}, µs:"
-        return [title, markdown(self.lines(rows, "spread"))] if len(rows) else []
+        return self._by_provider(workload, H, "spread", "µs:")
+
+    def gate_costs(self, workload: str, H: int) -> list[str]:
+        """With the gate minus without, of every provider."""
+        return self._by_provider(workload, H, "cost", "cost of the gate, µs:")
+
+    def _by_provider(self, workload: str, H: int, column: str, what: str) -> list[str]:
+        title, rows = f"{TITLES[workload]}, H = {H}, {what}", self.select(workload, H)
+        return [title, markdown(self.lines(rows, column))] if len(rows) else []
 
     def alone(self, workload: str, H: int) -> list[str]:
         """The gate alone: hot inputs, bandwidth, and the best known kernel."""
@@ -138,23 +144,14 @@ class Tables:
         if rows.empty:
             return []
         shown = (INDUCTOR, GATEFUSE, OP, ROOFLINE)
-        parts = [
-            self.lines(rows, column, providers).rename(lambda label, what=what: f"{label}: {what}")
-            for column, what, providers in (
-                ("hot", "hot inputs, µs", shown),
-                ("bandwidth", "GB/s", shown),
-                ("share", "% of the roofline's", shown[:-1]),
-            )
-        ]
+        columns = {"hot": "hot inputs, µs", "bandwidth": "GB/s", "share": "% of the roofline's"}
+        parts = []
+        for column, what in columns.items():
+            lines = self.lines(rows, column, shown[:-1] if column == "share" else shown)
+            parts.append(lines.rename(lambda label, what=what: f"{label}: {what}"))
         baseline = self.lines(rows, "baseline", [OP])
         parts.append(baseline.set_axis(["best known kernel (peers.csv), µs"]))
         return [f"{TITLES[workload]}, H = {H}:", markdown(pd.concat(parts))]
-
-    def gate_costs(self, workload: str, H: int, **where: str) -> list[str]:
-        """With the gate minus without, of every provider."""
-        rows = self.select(workload, H, **where)
-        title = f"{TITLES[workload]}, H = {H}, cost of the gate, µs:"
-        return [title, markdown(self.lines(rows, "cost"))] if len(rows) else []
 
     def ratios(self, workload: str, **where: str) -> list[str]:
         """gatefuse over Inductor in default mode, one line for each width."""
@@ -240,10 +237,8 @@ class Tables:
         for row in self.results.host:
             if row["what"] == "import":
                 starts = "" if row["initialises_cuda"] else " and does not initialise CUDA"
-                text = (
-                    f"`import gatefuse` after `import torch` takes {row['median_ms']} ms{starts}."
-                )
-                parts.append(text)
+                took = f"takes {row['median_ms']} ms{starts}."
+                parts.append(f"`import gatefuse` after `import torch` {took}")
         return parts
 
     def cpu(self) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ DEFAULT = f"{FUSED} and mode == 'default' and {GPU}"
 ALONE = "workload in ('mul', 'add')"
 KERNEL = f"provider == 'op' and {ALONE} and {GPU}"
 
+SLOWER_THAN_INDUCTOR = f"{FUSED} and median_us > {SLOWER} * inductor_us"
 FAILED = Threshold("error.notna()", "{r.provider}, {r.mode} failed: {r.error}")
 PASS = f"pass_ms > {PASS_SHARE} * compile_s * 1e3"
 PASS_TEXT = "{r.what}: the pass takes {r.pass_ms:.1f} ms, {r.pass_percent:.2f} % of the compile"
@@ -75,7 +77,7 @@ PASS_TEXT = "{r.what}: the pass takes {r.pass_ms:.1f} ms, {r.pass_percent:.2f} %
 CASES = (
     FAILED,
     Threshold(
-        f"{FUSED} and median_us > {SLOWER} * inductor_us",
+        SLOWER_THAN_INDUCTOR,
         "{r.mode}: gatefuse {r.median_us:.2f} us is {r.ratio:.3f} of Inductor's "
         "{r.inductor_us:.2f}",
     ),
@@ -122,7 +124,7 @@ CASES = (
 MODULES = (
     FAILED,
     Threshold(
-        f"{FUSED} and median_us > {SLOWER} * inductor_us",
+        SLOWER_THAN_INDUCTOR,
         "{r.mode}: gatefuse {r.median_us:.1f} us is {r.ratio:.3f} of Inductor's "
         "{r.inductor_us:.1f}",
     ),
@@ -197,15 +199,12 @@ def _in_frame(frame: pd.DataFrame, thresholds: Iterable[Threshold]) -> list[Viol
 
 
 def _cases(cases: pd.DataFrame) -> pd.DataFrame:
-    sizes = zip(cases["H"], cases["N"], cases["dtype"])
     most = [
         GATE_COST_PREFILL_US.get((H, N), GATE_COST_US if N <= GATE_COST_ROWS else None)
-        if dtype == grid.DTYPE
-        else None
-        for H, N, dtype in sizes
+        for H, N in zip(cases["H"], cases["N"])
     ]
     return cases.assign(
-        most_us=most,
+        most_us=pd.Series(most, cases.index, dtype=float).where(cases["dtype"] == grid.DTYPE),
         hot_ratio=cases["hot_median_us"] / cases["hot_inductor_us"],
         of_best=cases["median_us"] / cases["best_us"],
         speedup=cases["inductor_us"] / cases["median_us"],
@@ -273,13 +272,12 @@ def missing_of(results: Results, cases: Iterable[grid.Case]) -> list[tuple[str, 
 def missing(results: Results) -> list[tuple[str, str]]:
     """What the committed results should cover and do not."""
     lacking = [part for one in grid.GRIDS.values() for part in missing_of(results, one.cases())]
-    modules = results.modules[[*MODULE, "provider", "mode"]].itertuples(index=False, name=None)
-    measured = set(modules)
-    for case in grid.module_cases():
-        for provider in grid.MODULE_PROVIDERS:
-            if (case.model, case.part, case.tokens, provider, case.mode) not in measured:
-                name = f"{case.model} {case.part} N={case.tokens}"
-                lacking.append((name, f": {provider}, {case.mode}"))
+    columns = results.modules[[*MODULE, "mode", "provider"]]
+    measured = set(columns.itertuples(index=False, name=None))
+    for case, provider in itertools.product(grid.module_cases(), grid.MODULE_PROVIDERS):
+        if (*dataclasses.astuple(case), provider) not in measured:
+            name = f"{case.model} {case.part} N={case.tokens}"
+            lacking.append((name, f": {provider}, {case.mode}"))
     host = {(row["what"], row.get("cache", "")) for row in results.host}
     for what in (("call", ""), ("import", ""), ("compile", "cold"), ("compile", "warm")):
         if what not in host:

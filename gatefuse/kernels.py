@@ -196,7 +196,7 @@ def launch_config(
     each of ``itemsize`` bytes.
 
     dependent: with programmatic dependent launch, where a program's loads overlap the previous and
-    the next grid. Measured on an H200 (``python -m benchmarks launch-rule``) in bfloat16: at most
+    the next grid. Measured on an H200 (``python -m benchmarks launch-config``) in bfloat16: at most
     3 % slower than the best shape at 1 to 8192 rows of each width from 1024 to 7168.
     """
     if rows is None:

@@ -10,7 +10,7 @@ import math
 import time
 import types
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +92,18 @@ def reraise_if_broken(device: str, error: Exception) -> None:
             raise error from None
 
 
+@contextlib.contextmanager
+def uncached_compiles() -> Iterator[None]:
+    """Compile anew inside: a graph from a cache would come without the detail of its sites.
+    Kernels that were built before are reused."""
+    torch.compiler.reset()
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
 def unique_graphs() -> int:
     """Graphs that Dynamo has compiled in this process."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -125,12 +137,12 @@ def checker(module: Any, inputs: tuple[Tensor, ...]) -> Callable[[Sequence[Tenso
     the reference) and in the worst element (eps: one unit in the last place of the largest). NaN
     never passes."""
     exact = copy.deepcopy(module).double()(*(x.double() for x in inputs))
-    eager = [_norms(y.double() - ref) for y, ref in zip(module(*inputs), exact, strict=True)]
+    eager = [norms(y.double() - ref) for y, ref in zip(module(*inputs), exact, strict=True)]
 
     def check(outputs: Sequence[Tensor]) -> None:
         for i, (y, ref) in enumerate(zip(outputs, exact, strict=True)):
             eps = (torch.finfo(torch.float32).eps, torch.finfo(y.dtype).eps)
-            errors = zip(("rms", "worst"), _norms(y.double() - ref), eager[i], eps, _norms(ref))
+            errors = zip(("rms", "worst"), norms(y.double() - ref), eager[i], eps, norms(ref))
             for what, error, by_eager, unit, scale in errors:
                 if not error <= (allowed := 2 * by_eager + unit * scale):
                     raise AssertionError(f"output {i}: {what} error {error:.3e} > {allowed:.3e}")
@@ -138,7 +150,7 @@ def checker(module: Any, inputs: tuple[Tensor, ...]) -> Callable[[Sequence[Tenso
     return check
 
 
-def _norms(t: Tensor) -> tuple[float, float]:
+def norms(t: Tensor) -> tuple[float, float]:
     """Root mean square and largest magnitude."""
     return float(t.square().mean().sqrt()), float(t.abs().max())
 
@@ -220,13 +232,12 @@ def compile_case(
 ) -> list[Running]:
     """All providers of a case, compiled on inputs of ``rows`` rows."""
     torch.manual_seed(zlib.crc32(repr(case).encode()))
-    torch._dynamo.reset()
-    # A graph from the cache comes without the detail of its sites.
-    torch._inductor.config.fx_graph_cache = False
-    torch._functorch.config.enable_autograd_cache = False
     dtype, runs = getattr(torch, case.dtype), []
     hints = {w: make_set(w, case.H, rows, dtype, case.device) for w in case.workloads}
-    with fresh_cache():  # shared by the first compiles: equal kernels are tuned once
+    with (
+        uncached_compiles(),
+        fresh_cache(),
+    ):  # shared by the first compiles: equal kernels are tuned once
         for provider in case.providers():
             with fresh_cache() if provider.draw else contextlib.nullcontext():
                 runs.append(compile_one(provider, hints[provider.workload]))

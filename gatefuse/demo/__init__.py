@@ -7,14 +7,13 @@ and with a float64 reference, and, on a GPU, measures wider models at decode and
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import importlib.util
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 import gatefuse
 from gatefuse import compat, settings
 from gatefuse.backend import gatefuse_backend
+from gatefuse.bench.measure import norms, uncached_compiles
 from gatefuse.demo.models import MODELS, build, count_gates, forward, quiet
 from gatefuse.demo.result import DemoResult, Differences, ModelResult, Timing
 
@@ -56,26 +56,6 @@ def _require_transformers() -> None:
         )
 
 
-@contextlib.contextmanager
-def _fresh_compilation() -> Iterator[None]:
-    """Compile anew inside: a graph from a cache would have no sites to tell of. Kernels that were
-    built before are reused."""
-    torch.compiler.reset()
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
-        yield
-
-
-def _max(t: Tensor) -> float:
-    return t.abs().max().item()
-
-
-def _rms(t: Tensor) -> float:
-    return t.square().mean().sqrt().item()
-
-
 def _differences(
     eager: Tensor, inductor: Tensor, fused: Tensor, reference: Tensor, dtype: torch.dtype
 ) -> tuple[Differences, list[str]]:
@@ -85,21 +65,24 @@ def _differences(
     unit of ``dtype`` at the size of the reference, on the worst element and in the mean.
     """
     eager, inductor, fused = eager.double(), inductor.double(), fused.double()
-    scale = _max(reference)
+
+    def worst(result: Tensor, other: Tensor) -> float:
+        return norms(result - other)[1] / norms(reference)[1]
+
     found = Differences(
-        inductor_vs_eager=_max(inductor - eager) / scale,
-        gatefuse_vs_eager=_max(fused - eager) / scale,
-        eager_vs_fp64=_max(eager - reference) / scale,
-        inductor_vs_fp64=_max(inductor - reference) / scale,
-        gatefuse_vs_fp64=_max(fused - reference) / scale,
+        inductor_vs_eager=worst(inductor, eager),
+        gatefuse_vs_eager=worst(fused, eager),
+        eager_vs_fp64=worst(eager, reference),
+        inductor_vs_fp64=worst(inductor, reference),
+        gatefuse_vs_fp64=worst(fused, reference),
     )
     problems = []
     if not torch.isfinite(fused).all():
         problems.append("the fused result is not finite")
-    for what, measure in (("worst element", _max), ("root mean square", _rms)):
-        bound = 2 * measure(eager - reference) + torch.finfo(dtype).eps * measure(reference)
-        got = measure(fused - reference)
-        if not got <= bound:
+    sizes = [norms(t) for t in (fused - reference, eager - reference, reference)]
+    for what, i in (("worst element", 1), ("root mean square", 0)):
+        got, by_eager, size = (each[i] for each in sizes)
+        if not got <= (bound := 2 * by_eager + torch.finfo(dtype).eps * size):
             problems.append(f"the fused result differs: {what} {got:.2e} > {bound:.2e}")
     return found, problems
 
@@ -117,9 +100,9 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
     reference_model.set_experts_implementation("eager")
     reference = forward(reference_model, ids)
     eager = forward(model, ids)
-    with _fresh_compilation():
+    with uncached_compiles():
         inductor = forward(torch.compile(model, fullgraph=True), ids)
-    with _fresh_compilation(), gatefuse.record() as report:
+    with uncached_compiles(), gatefuse.record() as report:
         fused = forward(torch.compile(model, backend=_backend(), fullgraph=True), ids)
 
     differences, problems = _differences(eager, inductor, fused, reference, dtype)

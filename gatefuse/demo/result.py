@@ -74,32 +74,27 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        models = [dataclasses.asdict(m) for m in self.models]
-        for plain, result in zip(models, self.models, strict=True):
+        plain = dataclasses.asdict(self)
+        for model, result in zip(plain["models"], self.models, strict=True):
             ratio = result.differences.ratio
-            plain["differences"]["ratio"] = ratio if math.isfinite(ratio) else None
-        return {
-            "versions": self.versions,
-            "device": self.device,
-            "dtype": self.dtype,
-            "passed": self.passed,
-            "models": models,
-        }
+            model["differences"]["ratio"] = ratio if math.isfinite(ratio) else None
+        return plain | {"passed": self.passed}
 
     def __str__(self) -> str:
         return _format(self)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """Lines of a plain-text table; the first column is flush left, the others flush right.
 
     A header cell may have two lines.
     """
     heads = [(["", *cell.split("\n")])[-2:] for cell in header]
     above, below = zip(*heads, strict=True)
-    widths = [max(map(len, column)) for column in zip(above, below, *rows, strict=True)]
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(above, below, *texts, strict=True)]
     lines = []
-    for row in (above, below, ["-" * width for width in widths], *rows):
+    for row in (above, below, ["-" * width for width in widths], *texts):
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
@@ -113,72 +108,32 @@ def _counts(counts: dict[str, int]) -> str:
 def _format(result: DemoResult) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     lines = [f"{versions}; {result.device}, {result.dtype}", ""]
-    lines += _table(
-        ("model", "gates", "sites", "op nodes", "placed", "verdict"),
-        [
-            (
-                m.model,
-                str(m.gates),
-                str(m.sites),
-                str(m.op_nodes),
-                _counts(m.placements),
-                "FAILED" if m.problems else "ok",
-            )
-            for m in result.models
-        ],
-    )
+    counted, compared, timed = [], [], []
+    for m in result.models:
+        verdict = "FAILED" if m.problems else "ok"
+        counted.append((m.model, m.gates, m.sites, m.op_nodes, _counts(m.placements), verdict))
+        d = m.differences
+        eager = [f"{x:.2e}" for x in (d.inductor_vs_eager, d.gatefuse_vs_eager)]
+        fp64 = [f"{x:.2e}" for x in (d.eager_vs_fp64, d.inductor_vs_fp64, d.gatefuse_vs_fp64)]
+        compared.append((m.model, *eager, f"{d.ratio:.2f}", *fp64))
+        for t in m.timings:
+            ms = (t.inductor_ms, t.gatefuse_ms, t.gatefuse_ms / t.inductor_ms)
+            times = [f"{x:.3f}" for x in ms]
+            timed.append((m.model, t.mode, t.phase, t.tokens, *times))
+    lines += _table(("model", "gates", "sites", "op nodes", "placed", "verdict"), counted)
     lines += ["", "largest difference of the logits, relative to the largest logit", ""]
-    lines += _table(
-        (
-            "model",
-            "Inductor\nvs eager",
-            "gatefuse\nvs eager",
-            "ratio",
-            "eager\nvs fp64",
-            "Inductor\nvs fp64",
-            "gatefuse\nvs fp64",
-        ),
-        [
-            (
-                m.model,
-                f"{m.differences.inductor_vs_eager:.2e}",
-                f"{m.differences.gatefuse_vs_eager:.2e}",
-                f"{m.differences.ratio:.2f}",
-                f"{m.differences.eager_vs_fp64:.2e}",
-                f"{m.differences.inductor_vs_fp64:.2e}",
-                f"{m.differences.gatefuse_vs_fp64:.2e}",
-            )
-            for m in result.models
-        ],
-    )
+    against = ["Inductor\nvs eager", "gatefuse\nvs eager", "ratio", "eager\nvs fp64"]
+    lines += _table(["model", *against, "Inductor\nvs fp64", "gatefuse\nvs fp64"], compared)
     if any(m.locations for m in result.models):
         lines += ["", "where the gates are"]
     for m in result.models:
         lines += [f"  {m.model}: {n} x {where}" for where, n in sorted(m.locations.items())]
-    if any(m.timings for m in result.models):
+    if timed:
         lines += ["", "median time of a forward pass of a wider model, bfloat16, ms", ""]
-        lines += _table(
-            ("model", "mode", "phase", "tokens", "Inductor", "gatefuse", "ratio"),
-            [
-                (
-                    m.model,
-                    t.mode,
-                    t.phase,
-                    str(t.tokens),
-                    f"{t.inductor_ms:.3f}",
-                    f"{t.gatefuse_ms:.3f}",
-                    f"{t.gatefuse_ms / t.inductor_ms:.3f}",
-                )
-                for m in result.models
-                for t in m.timings
-            ],
-        )
+        heads = ("model", "mode", "phase", "tokens", "Inductor", "gatefuse", "ratio")
+        lines += _table(heads, timed)
     lines.append("")
     for m in result.models:
         lines += [f"{m.model}: {problem}" for problem in m.problems]
-    lines.append(
-        "Every gate is fused and every result is as near to the float64 reference as eager's."
-        if result.passed
-        else "FAILED"
-    )
-    return "\n".join(lines)
+    good = "Every gate is fused and every result is as near to the float64 reference as eager's."
+    return "\n".join([*lines, good if result.passed else "FAILED"])

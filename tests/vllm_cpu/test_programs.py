@@ -102,13 +102,13 @@ def _post(url: str, body: dict[str, Any]) -> Any:
 
 
 def test_benchmark(place: Path, environment: Environment, tmp_path: Path) -> None:
-    """All of bench/vllm.py but the sizes: engines that take turns, rounds, profiles, tables.
+    """All of benchmarks/vllm but the sizes: engines that take turns, rounds, profiles, tables.
 
     The hand-written kernel is called once in each layer; the plugin's gate is in Inductor's code.
     """
-    command = [sys.executable, "-m", "benchmarks.vllm.__main__", "--out", str(tmp_path), "--tiny"]
+    command = [sys.executable, "-m", "benchmarks.vllm", "--out", str(tmp_path), "--tiny"]
     done = subprocess.run(
-        [*command, "--layers", "2", "--arms", "plugin,hand-kernel", "--rounds", "2"],
+        [*command, "--layers", "2", "--providers", "plugin,hand-kernel", "--rounds", "2"],
         env=environment("benchmark"),
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -122,14 +122,17 @@ def test_benchmark(place: Path, environment: Environment, tmp_path: Path) -> Non
     content = json.loads(path.read_text())
     assert content["engines"]["plugin"]["lines"] == [ALL_FUSED]
     assert content["engines"]["hand-kernel"]["lines"] == []
-    rows = {(row["arm"], row["name"]): row for row in content["rows"]}
+    rows = {(row["provider"], row["name"]): row for row in content["rows"]}
     assert set(rows) == {
-        (arm, name) for arm in ("plugin", "hand-kernel") for name in ("decode-2", "prefill")
+        (provider, workload)
+        for provider in ("plugin", "hand-kernel")
+        for workload in ("decode-2", "prefill")
     }
-    for (arm, name), row in rows.items():
+    for (provider, name), row in rows.items():
         assert row["repeats"] == 2
         assert row["new_tokens_per_s"] > 0
         assert row["profile"]["steps"] == (16 if name == "decode-2" else 1)
         calls = {k["name"]: k["per_step"] for k in row["profile"]["by_name"]}
-        assert calls.get("gatefuse::linear_sigmoid_mul", 0) == (2 if arm == "hand-kernel" else 0)
-    assert re.search(r"\| hand-kernel \| \d", done.stdout)
+        expected = 2 if provider == "hand-kernel" else 0
+        assert calls.get("gatefuse::linear_sigmoid_mul", 0) == expected
+    assert re.search(r"\| hand-kernel +\| +\d", done.stdout)
