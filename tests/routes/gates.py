@@ -1,4 +1,4 @@
-"""The model that the routes compile: a shared expert with its gate, small enough for any of them."""
+"""The model that the routes compile: a small shared expert with its gate."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ WIDTH, ROWS = 32, 6
 class SharedExpert(nn.Module):
     """``routed + sigmoid(gate(x)) * down(silu(up(x)))``: one gate with an addend."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = 2 * WIDTH) -> None:
         super().__init__()
         self.gate = nn.Linear(WIDTH, 1, bias=False)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
-        self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
+        self.up = nn.Linear(WIDTH, hidden, bias=False)
+        self.down = nn.Linear(hidden, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.sigmoid(self.gate(x)) * self.down(F.silu(self.up(x)))

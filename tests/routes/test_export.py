@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._inductor.utils import fresh_cache
 
 import gatefuse
 from tests.routes.gates import judge_all, make_expert, make_input
@@ -66,23 +65,31 @@ def test_exported_program_compiles() -> None:
         judge_all([fused], [model(x)], [model.double()(x.double())])
 
 
+SAVE = """
+import sys, torch, gatefuse
+from tests.routes.gates import make_expert, make_input
+with torch.no_grad(), gatefuse.fusing(expect=1):
+    compiled = torch.compile(make_expert().eval().forward, fullgraph=True)
+    compiled.aot_compile(((make_input(),), {})).save_compiled_function(sys.argv[1])
+"""
+
+
 @pytest.mark.skipif(
     not hasattr(torch.compiler, "load_compiled_function"), reason="this PyTorch cannot"
 )
 def test_aot_compile(tmp_path: Path) -> None:
     """`torch.compile(...).aot_compile(...)`: a compiled function as a file."""
-    model, x = make_expert().eval(), make_input()
-    # It saves what the caches keep.
-    aot_cache = torch._functorch.config.patch(enable_autograd_cache=True)
-    fx_cache = torch._inductor.config.patch(fx_graph_cache=True)
-    with torch.no_grad(), fresh_cache(), aot_cache, fx_cache, gatefuse.fusing(expect=1):
-        compiled = torch.compile(model.forward, fullgraph=True).aot_compile(((x,), {}))
-        compiled.save_compiled_function(str(tmp_path / "expert"))
-    fused = run_elsewhere(
-        "functools.partial(torch.compiler.load_compiled_function(open(path, 'rb')), make_expert())",
-        tmp_path / "expert",
-        tmp_path,
-        x,
+    saved = tmp_path / "expert"
+    run_python(
+        SAVE,
+        str(saved),
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+        TORCHINDUCTOR_VEC_ISA_OK="1",
+        TORCHINDUCTOR_FX_GRAPH_CACHE="1",
+        TORCHINDUCTOR_AUTOGRAD_CACHE="1",
     )
+    model, x = make_expert().eval(), make_input()
+    load = "torch.compiler.load_compiled_function(open(path, 'rb'))"
+    fused = run_elsewhere(f"functools.partial({load}, make_expert().eval())", saved, tmp_path, x)
     with torch.no_grad():
         judge_all(fused, [model(x)], [model.double()(x.double())])

@@ -63,7 +63,7 @@ def test_a_compiled_layer_in_a_compiled_model() -> None:
 
 
 def test_a_compiled_layer_outside_of_the_graph() -> None:
-    """A layer that the outer graph leaves out, and that is compiled by itself, is fused by itself."""
+    """A layer that is kept out of the outer graph and compiled by itself is fused by itself."""
 
     def left_out(layer: nn.Module) -> Any:
         compiled = torch.compile(layer)

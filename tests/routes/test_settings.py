@@ -40,4 +40,4 @@ def test_training_in_every_mode(mode: str) -> None:
     with gatefuse.fusing() as report:
         fused = train_step(torch.compile(model, mode=mode), x)  # type: ignore[arg-type]
     judge_all(fused, eager, train_step(model.double(), x.detach().double().requires_grad_()))
-    assert [g.phase for g in report.graphs if g.fused][0] == "forward"
+    assert next(g.phase for g in report.graphs if g.fused) == "forward"
