@@ -27,6 +27,9 @@ class Scaled(Tensor):
     def __init__(self, data: Tensor, scale: Tensor) -> None:
         self.data8, self.scale = data, scale
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Scaled{tuple(self.shape)}"
+
     @classmethod
     def quantise(cls, weight: Tensor) -> Scaled:
         scale = weight.abs().amax(1, keepdim=True) / 127
