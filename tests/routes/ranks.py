@@ -1,0 +1,155 @@
+"""What two processes of a gloo group compile together, and check, for `test_distributed`.
+
+Each case runs in both ranks, asserts its values there, and returns how its gates fared. `main`
+writes what came of each to a file for each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+import gatefuse
+from tests.routes.gates import SharedExpert, judge_all, make_expert, make_input
+
+RANKS = 2
+Model = Callable[..., Any]
+Case = Callable[[DeviceMesh], gatefuse.Report]
+
+
+def local(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def step(run: Model, model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The result, and after a backward the gradients of the parameters, whole."""
+    out = run(x)
+    out.square().sum().backward()
+    results = [local(out.detach())]
+    for p in model.parameters():
+        assert p.grad is not None
+        results.append(local(p.grad))
+    return results
+
+
+def compare(
+    prepare: Callable[[nn.Module], tuple[Model, nn.Module]],
+    compiled: Callable[[Model], Model] = torch.compile,
+    model: Callable[[], nn.Module] = make_expert,
+) -> gatefuse.Report:
+    """Train for a step eagerly, in float64, and compiled with gatefuse; compare."""
+    x = make_input(seed=dist.get_rank())
+    run, wrapped = prepare(model())
+    eager = step(run, wrapped, x)
+    run, wrapped = prepare(model().double())
+    reference = step(run, wrapped, x.double())
+    run, wrapped = prepare(model())
+    with gatefuse.fusing() as report:
+        fused = step(compiled(run), wrapped, x)
+    judge_all(fused, eager, reference)
+    return report
+
+
+def tensor_parallel(mesh: DeviceMesh) -> gatefuse.Report:
+    """The expert's linears are split over the ranks, the gate is not."""
+    x = make_input()
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+    def prepare(model: nn.Module) -> tuple[Model, nn.Module]:
+        parallel = parallelize_module(model, mesh, plan)
+        return lambda _: parallel(x.to(next(model.parameters()).dtype)), parallel
+
+    return compare(prepare)
+
+
+def dtensors(mesh: DeviceMesh) -> gatefuse.Report:
+    """All operands are DTensors: the rows are split over the ranks, the weights are on each."""
+
+    def prepare(model: nn.Module) -> tuple[Model, nn.Module]:
+        model = distribute_module(model, mesh)
+
+        def run(x: Tensor) -> Any:
+            whole = make_input(2 * x.shape[0]).to(x.dtype)
+            return model(distribute_tensor(whole, mesh, [Shard(0)]))
+
+        return run, model
+
+    return compare(prepare)
+
+
+def fsdp2(mesh: DeviceMesh) -> gatefuse.Report:
+    """Parameters are split over the ranks and gathered before the compiled layer runs."""
+
+    def prepare(model: nn.Module) -> tuple[Model, nn.Module]:
+        sharded = fully_shard(model, mesh=mesh)
+        return sharded, sharded
+
+    return compare(prepare)
+
+
+def ddp(mesh: DeviceMesh) -> gatefuse.Report:
+    def prepare(model: nn.Module) -> tuple[Model, nn.Module]:
+        parallel = DistributedDataParallel(model)
+        return parallel, parallel
+
+    return compare(prepare)
+
+
+def wide_expert() -> nn.Module:
+    torch.manual_seed(0)
+    return SharedExpert(hidden=8192)  # a megabyte in each linear but the gate's
+
+
+def ddp_split(mesh: DeviceMesh) -> gatefuse.Report:
+    """Buckets so small that the graph is split between gate and product."""
+
+    def prepare(model: nn.Module) -> tuple[Model, nn.Module]:
+        parallel = DistributedDataParallel(model, bucket_cap_mb=1)
+        return parallel, parallel
+
+    return compare(prepare, model=wide_expert)
+
+
+CASES: dict[str, Case] = {c.__name__: c for c in (tensor_parallel, dtensors, fsdp2, ddp, ddp_split)}
+
+
+def main(rank: int, folder: Path, names: list[str]) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS
+    )
+    mesh = init_device_mesh("cpu", (RANKS,))
+    results = {}
+    for name in names:
+        torch._dynamo.reset()
+        try:
+            report = CASES[name](mesh)
+            results[name] = {
+                "fused": [g.fused for g in report.graphs if g.phase != "backward"],
+                "reasons": [r.reason for r in report.rejections],
+            }
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+            break  # the other rank may wait for this one
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
