@@ -90,6 +90,9 @@ def main() -> int:
         else:
             verdicts[mutant.key] = f"killed by a graph ({difference})"
     print(f"{len(survivors)} survive the graphs after {time.monotonic() - begin:.0f} s", flush=True)
+    if options.out:  # for --again, should the tests be interrupted
+        lines = [f"{m.id} [{m.function}]: {verdicts.get(m.key, 'SURVIVES')}" for m in mutants]
+        options.out.write_text("\n".join(["# graphs only, no tests yet", *lines, ""]))
     if not options.graphs_only:
         tests = [
             t for t in corpus.passed if not t.startswith(("tests/test_forms", "tests/test_neg"))
