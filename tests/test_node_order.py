@@ -245,6 +245,21 @@ def test_one_draw_in_a_graph_has_no_order(draws: int) -> None:
     assert ["random numbers" in r.reason for r in rejections] == [True] * (draws == 2)
 
 
+def two_attentions(x: Tensor, w: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
+    for _ in range(2):
+        rows = v.unflatten(1, (1, 4, 4)).transpose(0, 1)
+        rows = F.scaled_dot_product_attention(rows, rows, rows, dropout_p=p)
+        v = torch.sigmoid(F.linear(x, w)) * rows.transpose(0, 1).flatten(1)
+    return v
+
+
+def test_attention_without_dropout_draws_nothing() -> None:
+    """Its operators are marked as random, whatever their dropout is."""
+    inputs = randn(6, 16), randn(1, 16), randn(6, 16)
+    with torch.no_grad(), gatefuse.fusing(expect=2):
+        torch.compile(two_attentions)(*inputs)
+
+
 @pytest.mark.parametrize("seeds", [False, True])
 def test_inductors_draws_have_an_order_by_their_seeds(seeds: bool) -> None:
     """Its random operators compute from a seed; the seed is drawn."""

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from gatefuse.inductor.fx_utils import arguments
+
 __all__ = ["KeptLogits", "Order", "Stretches", "upstream"]
 
 
@@ -123,7 +125,8 @@ class _EffectsOf:
             return self._of_higher_order(node, target.name())
         if target not in self._known:
             self._known[target] = _effects_of(target)
-        return self._known[target]
+        writes, draws = self._known[target]
+        return _Effects(writes, draws and not _drops_nothing(node))
 
     def _of_higher_order(self, node: Node, name: str) -> _Effects:
         """By what it calls: operators and bodies among its arguments."""
@@ -148,6 +151,13 @@ class _EffectsOf:
                 any(e.writes for e in inside), any(e.draws for e in inside)
             )
         return self._known[body]
+
+
+def _drops_nothing(node: Node) -> bool:
+    """Whether a node that may drop elements, as attention does in training, has none to drop."""
+    declared = node.target._schema.arguments  # type: ignore[union-attr]
+    named = {a.name: value for a, value in zip(declared, arguments(node))}
+    return named.get("dropout_p", named.get("dropout", 1.0)) == 0.0
 
 
 def _effects_of(target: Any) -> _Effects:
