@@ -108,8 +108,7 @@ def draw_summary(results: Results, H: int) -> Any:
     return figure
 
 
-def draw_all(results: Results, directory: Path) -> list[Path]:
-    """Write every plot; returns the files."""
+def draw_all(results: Results, directory: Path) -> None:
     plt.rcParams.update({"svg.hashsalt": "gatefuse", "svg.fonttype": "none"})
     figures = {
         "times": draw_times(results, grid.WIDTHS[0]),
@@ -117,9 +116,6 @@ def draw_all(results: Results, directory: Path) -> list[Path]:
         "summary": draw_summary(results, grid.WIDTHS[0]),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    paths = []
     for name, figure in figures.items():
-        paths.append(directory / f"{name}.svg")
-        figure.savefig(paths[-1], metadata={"Date": None})
+        figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)
-    return paths

@@ -60,7 +60,6 @@ def variants(case: LaunchCase, N: int) -> list[LaunchConfig]:
 
 
 def launch(case: LaunchCase, config: LaunchConfig, one: InputSet) -> Tensor:
-    """The kernel's result in a configuration."""
     module, (x, v, a) = one
     out, pdl = torch.empty_like(x), case.pdl
     kernels.launch(x, module.gate.weight, v, None, a, out, config=config, pdl=pdl, weight_first=pdl)
@@ -68,7 +67,6 @@ def launch(case: LaunchCase, config: LaunchConfig, one: InputSet) -> Tensor:
 
 
 def run_case(run: Run, case: LaunchCase, lock: BaseFileLock) -> list[Row]:
-    """A result row for each configuration and number of rows."""
     torch.manual_seed(0)
     dtype, rows = getattr(torch, case.dtype), []
     with torch.no_grad():
@@ -98,7 +96,6 @@ def run_case(run: Run, case: LaunchCase, lock: BaseFileLock) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """The rule against the fastest configuration, by dtype, launch and width."""
     lines = []
     rows = [row for row in rows if "error" not in row]
     for dtype, pdl, H in dict.fromkeys((r["dtype"], r["pdl"], r["H"]) for r in rows):
@@ -116,7 +113,6 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def run(args: Namespace, run: Run) -> tuple[Path, int]:
-    """Measure all; see :func:`benchmarks.sweep.sweep`."""
     cases = [
         LaunchCase(H, args.rows, dtype, pdl)
         for dtype in args.dtypes

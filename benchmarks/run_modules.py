@@ -19,6 +19,7 @@ import warnings
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from benchmarks.sweep import BenchError, Row, Run, guard_tuning, sweep
 from gatefuse.bench.measure import (
     fusion_facts,
     inductor_options,
+    norms,
     reraise_if_broken,
     uncached_compiles,
     with_own_code,
@@ -127,19 +129,8 @@ def time_calls(
     return interleaved(replays, rounds, device), {"timed_by": "graph"}
 
 
-def rms(t: Tensor) -> float:
-    return float(t.float().square().mean().sqrt())
-
-
-def key_columns(case: ModuleCase, provider: str, draw: int = 0) -> Row:
-    """The columns that tell what a row is of."""
-    of = {"model": case.model, "part": case.part, "tokens": case.tokens}
-    return of | {"provider": provider, "mode": case.mode, "draw": draw}
-
-
-def failed_rows(case: ModuleCase, error: str) -> list[Row]:
-    """The rows of a case whose process died."""
-    return [{**key_columns(case, p), "error": error} for p in grid.MODULE_PROVIDERS]
+def keys(case: ModuleCase) -> list[Row]:
+    return [{**asdict(case), "provider": p, "draw": 0} for p in grid.MODULE_PROVIDERS]
 
 
 def draws(case: ModuleCase, small: bool) -> Iterator[Draw]:
@@ -165,13 +156,13 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
         module, inputs = model_zoo.module(case.model, case.part, case.tokens, run.device, run.small)
         eager = CALL[case.part](module, *inputs).float()
         for provider, draw in draws(case, run.small):
-            row = rows[provider, draw] = key_columns(case, provider, draw)
+            row = rows[provider, draw] = {**asdict(case), "provider": provider, "draw": draw}
             try:
                 function, result, facts = compile_provider(provider, draw, case, module, inputs)
                 # Both round otherwise than eager does; gatefuse may not be further off.
-                error = rms(result.float() - eager)
+                error, _ = norms(result.float() - eager)
                 inductor_error = inductor_error or error
-                allowed = 2 * inductor_error + torch.finfo(torch.bfloat16).eps * rms(eager)
+                allowed = 2 * inductor_error + torch.finfo(torch.bfloat16).eps * norms(eager)[0]
                 if not error <= allowed:
                     raise AssertionError(f"error {error:.3e} > {allowed:.3e}")
                 call = functools.partial(function, module, *inputs)
@@ -193,10 +184,8 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
 
 
 def run(args: Namespace, run: Run) -> tuple[Path, int]:
-    """Measure the chosen modules; see :func:`benchmarks.sweep.sweep`. Raises BenchError without
-    transformers."""
     if importlib.util.find_spec("transformers") is None:
         raise BenchError("transformers is not installed: pip install 'gatefuse[demo]'")
     rows = args.rows or ((4, 300) if run.small else grid.MODULE_ROWS)
     cases = grid.module_cases(args.models, args.parts, rows, args.modes)
-    return sweep("modules", run, cases, functools.partial(run_case, run), failed_rows)
+    return sweep("modules", run, cases, functools.partial(run_case, run), keys)

@@ -15,7 +15,6 @@ import sys
 import zlib
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.sweep import BenchError, Row, Run, rotated, sweep
 from gatefuse import kernels
+from gatefuse.bench.cases import Case
 from gatefuse.bench.measure import checker
 from gatefuse.bench.timing import plan
 from gatefuse.bench.workloads import bytes_of, make_set
@@ -43,15 +43,6 @@ _IMPORTED: dict[str, Any] = {
     "sglang.srt.utils": SimpleNamespace(is_hip=lambda: False),
 }
 """What the source imports from sglang, and all that is used of it."""
-
-
-@dataclass(frozen=True)
-class SGLangCase:
-    """A unit of work: one workload at one width, with all providers."""
-
-    workload: str
-    H: int
-    rows: tuple[int, ...]
 
 
 def load() -> Any:
@@ -95,13 +86,12 @@ def calls_of(workload: str) -> dict[str, Callable[[Any], Tensor]]:
     }
 
 
-def make(case: SGLangCase, N: int, device: str) -> tuple[Any, tuple[Tensor, ...], Tensor]:
+def make(case: Case, N: int, device: str) -> tuple[Any, tuple[Tensor, ...], Tensor]:
     module, inputs = make_set(case.workload, case.H, N, torch.bfloat16, device)
     return module, inputs, inputs[-1].clone()
 
 
-def run_case(run: Run, case: SGLangCase, lock: BaseFileLock) -> list[Row]:
-    """A result row for each provider and number of rows."""
+def run_case(run: Run, case: Case, lock: BaseFileLock) -> list[Row]:
     torch.manual_seed(zlib.crc32(repr(case).encode()))
     rows = []
     with torch.no_grad():
@@ -128,7 +118,6 @@ def run_case(run: Run, case: SGLangCase, lock: BaseFileLock) -> list[Row]:
 
 
 def run(args: Namespace, run: Run) -> tuple[Path, int]:
-    """Measure all; see :func:`benchmarks.sweep.sweep`. Raises BenchError without sglang."""
     load()
-    cases = [SGLangCase(workload, H, args.rows) for H in args.widths for workload in ("mul", "add")]
+    cases = [Case(workload, H, args.rows) for H in args.widths for workload in ("mul", "add")]
     return sweep("sglang", run, cases, functools.partial(run_case, run))

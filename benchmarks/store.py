@@ -128,10 +128,7 @@ class Results:
 
 def matches(frame: pd.DataFrame, where: dict[str, Any]) -> pd.Series:
     """Which rows have these values."""
-    found = pd.Series(True, frame.index)
-    for name, value in where.items():
-        found &= frame[name] == value
-    return found
+    return (frame[list(where)] == pd.Series(where)).all(axis=1)
 
 
 def load(paths: Iterable[Path]) -> Results:

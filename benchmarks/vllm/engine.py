@@ -109,10 +109,12 @@ class Engine:
         kernel_us: sum over kernels; busy_us: time in which any kernel runs (kernels of two streams
         overlap); span_us: from the first kernel to the last; all per step.
         """
+        import torch
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         activity = getattr(ProfilerActivity, self.device.upper())
+        synchronise = getattr(torch, self.device).synchronize
         warm = WARM_STEPS if workload.is_decode else 0
         # Prompts are taken in over several steps; the last tokens only close the requests.
         prompts, params = self._requests(
@@ -133,14 +135,14 @@ class Engine:
         try:
             while steps < warm:
                 engine.step()
-            self._synchronise()
+            synchronise()
             begun = steps
             with profile(activities=[activity]) as run:
                 while engine.has_unfinished_requests() and (
                     not workload.is_decode or steps < begun + PROFILED_STEPS
                 ):
                     engine.step()
-                self._synchronise()
+                synchronise()
             profiled = steps - begun
             while engine.has_unfinished_requests():
                 engine.step()
@@ -154,28 +156,20 @@ class Engine:
         ]
         return summary(events, profiled)
 
-    def _synchronise(self) -> None:
-        import torch
-
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
 
 def summary(events: list[tuple[str, int, int]], steps: int) -> dict[str, Any]:
     """Of ``(name, start, duration)`` in ns, over ``steps`` steps. Copies are no kernels."""
     kernels = [event for event in events if not event[0].startswith(("Memcpy", "Memset"))]
     kernels.sort(key=lambda event: event[1])
-    busy, end, last = 0, 0, 0
-    count: Counter[str] = Counter()
-    total: Counter[str] = Counter()
+    busy = end = 0
+    count, total = Counter[str](), Counter[str]()
     for name, start, duration in kernels:
-        last = max(last, start + duration)
         busy += max(0, start + duration - max(start, end))
         end = max(end, start + duration)
         count[name] += 1
         total[name] += duration
     per_step = 1e-3 / max(steps, 1)
-    span = last - kernels[0][1] if kernels else 0
+    span = end - kernels[0][1] if kernels else 0
     return {
         "steps": steps,
         "kernels": round(len(kernels) / max(steps, 1), 2),

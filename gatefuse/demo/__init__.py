@@ -108,15 +108,13 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
     differences, problems = _differences(eager, inductor, fused, reference, dtype)
     gates = count_gates(model)
     op_nodes = sum(len(_OP_CALL.findall(g.after or "")) for g in report.graphs)
-    sites = [site for graph in report.graphs for site in graph.sites]
-    rejections = [rejection for graph in report.graphs for rejection in graph.rejections]
     if report.fused != gates:
         problems.insert(0, f"{report.fused} of {gates} gates were fused")
         if settings.disabled_by_environment():
             problems.append("GATEFUSE_DISABLE is set")
         if (reason := compat.unsupported_reason()) is not None:
             problems.append(reason)
-        problems += [f"{r.node} was left alone: {r.reason}" for r in rejections]
+        problems += [f"{r.node} was left alone: {r.reason}" for r in report.rejections]
     if op_nodes != report.fused:
         problems.append(f"{report.fused} sites, but {op_nodes} op nodes in the graph")
     return ModelResult(
@@ -124,23 +122,21 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
         gates=gates,
         sites=report.fused,
         op_nodes=op_nodes,
-        placements=dict(Counter(site.placement or "unknown" for site in sites)),
-        locations=dict(Counter(site.location or "unknown" for site in sites)),
+        placements=dict(Counter(site.placement or "unknown" for site in report.sites)),
+        locations=dict(Counter(site.location or "unknown" for site in report.sites)),
         differences=differences,
         problems=problems,
     )
 
 
-def _median_ms(
-    calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 50
-) -> list[float]:
+def _median_ms(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     """Median device time of each call in milliseconds, measured in turns."""
     module = torch.get_device_module(device.type)
     for call in calls:
         for _ in range(5):
             call()
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
+    for _ in range(50):
         for call, found in zip(calls, times, strict=True):
             start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
             module.synchronize(device)
@@ -224,9 +220,9 @@ def run_demo(
                 raise DemoError(missing) from error
             results.append(result)
     torch.compiler.reset()
-    label = str(device)
-    if device.type == "cuda":
-        label = f"{device} ({torch.cuda.get_device_name(device)})"
+    label = (
+        f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    )
     versions = {
         "gatefuse": gatefuse.__version__,
         "torch": str(torch.__version__),

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "build", "count_gates", "forward", "quiet"]
-
 MODELS = ("qwen2_moe", "qwen3_next")
 """The model types that the demo builds."""
 
