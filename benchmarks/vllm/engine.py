@@ -34,11 +34,11 @@ class Workload:
 _engine: Engine  # of this process
 
 
-def begin(environment: dict[str, str], paths: list[str], log: Path) -> None:
-    """Prepare this process; its output goes to ``log``. paths: where gatefuse and its entry points
-    are found. A spawned process takes over its parent's ``sys.path``, whatever PYTHONPATH says."""
+def begin(environment: dict[str, str], log: Path) -> None:
+    """Prepare this process; its output goes to ``log``. A spawned process takes over its parent's
+    ``sys.path``, whatever PYTHONPATH says."""
     os.environ.update(environment)
-    sys.path[:0] = paths
+    sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -31,20 +31,19 @@ class EngineError(Exception):
 
 
 class Remote:
-    """An engine in another process, which starts with ``environment`` and ``paths``."""
+    """An engine in another process, which starts with ``environment``."""
 
     def __init__(
         self,
         provider: str,
         arguments: dict[str, Any],
         environment: dict[str, str],
-        paths: list[str],
         log: Path,
         deadline: float,
     ) -> None:
         self.provider, self.log, self.deadline = provider, log, deadline
         context = multiprocessing.get_context("spawn")
-        initial = (environment, paths, log)
+        initial = (environment, log)
         self._pool = ProcessPool(1, initializer=engine.begin, initargs=initial, context=context)
         self._answer = self._schedule(engine.start, provider, arguments)
 
@@ -99,9 +98,7 @@ class Group:
     def __init__(
         self, engines: Sequence[Remote], content: dict[str, Any], *, at_once: bool = False
     ) -> None:
-        self.engines = list(engines)
-        self.content = content
-        self.at_once = at_once
+        self.engines, self.content, self.at_once = list(engines), content, at_once
         self.rows: dict[tuple[str, Workload], dict[str, Any]] = {}
 
     def wait(self, workloads: Sequence[Workload], start_number: int) -> None:
