@@ -17,7 +17,17 @@ import pandas as pd
 
 from benchmarks import grid
 from benchmarks.store import Results, matches
-from benchmarks.tables import EAGER, GATEFUSE, INDUCTOR, LABELS, OP, ROOFLINE, TITLES, ProviderKey
+from benchmarks.tables import (
+    EAGER,
+    GATEFUSE,
+    INDUCTOR,
+    LABELS,
+    OP,
+    ROOFLINE,
+    TITLES,
+    ProviderKey,
+    select,
+)
 
 STYLES: dict[ProviderKey, dict[str, Any]] = {
     EAGER: {"color": "#999999"},
@@ -36,10 +46,7 @@ SUMMARY = (EAGER, INDUCTOR, ("inductor", "max-autotune"), GATEFUSE, ROOFLINE)
 
 
 def rows_of(results: Results, workload: str, H: int) -> pd.DataFrame:
-    """The static cases of a workload at a width, on a GPU in bfloat16."""
-    where = {"device": "cuda", "shapes": "static", "dtype": grid.DTYPE}
-    cases = results.cases[matches(results.cases, {**where, "workload": workload, "H": H})]
-    return cases.sort_values("N")
+    return select(results.cases, workload, H).sort_values("N")
 
 
 def _lines(

@@ -144,8 +144,7 @@ def draws(case: ModuleCase, small: bool) -> Iterator[Draw]:
 
 
 def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
-    """Compile, check, profile and time both providers; a result row for each compile, µs per
-    call."""
+    """A result row for each compile, µs per call."""
     guard_tuning(lock)
     torch.manual_seed(zlib.crc32(repr(case).encode()))
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools")

@@ -69,7 +69,6 @@ def _output(*command: str) -> str | None:
 
 
 def _gpu() -> str | None:
-    """Name and driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     found = (_output(*query, "-i", visible) if visible else None) or _output(*query)
@@ -97,7 +96,6 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a file, in today's words."""
     return in_todays_words(json.loads(path.read_text()))
 
 
@@ -137,7 +135,6 @@ def load(paths: Iterable[Path]) -> Results:
 
 
 def committed() -> Results:
-    """All committed results."""
     return load((ROOT / "benchmarks" / "results").glob("*.json"))
 
 

@@ -47,7 +47,7 @@ class Threshold:
     reported: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Violation:
     """``case`` violates a threshold with a provider in a mode; ``reason`` is known from
     ``benchmarks/reasons.toml`` or None."""
@@ -164,14 +164,10 @@ def violations(results: Results) -> list[Violation]:
         *_in_frame(modules_beside_inductor(results.modules), MODULES),
         *_in_frame(_host(results.host), HOST),
     ]
-    return [dataclasses.replace(violation, reason=_reason(str(violation))) for violation in found]
-
-
-def _reason(line: str) -> str | None:
-    for patterns, reason in reasons():
-        if any(fnmatch.fnmatchcase(line, pattern) for pattern in patterns):
-            return reason
-    return None
+    for violation in found:
+        fits = functools.partial(fnmatch.fnmatchcase, str(violation))
+        violation.reason = next((text for of, text in reasons() if any(map(fits, of))), None)
+    return found
 
 
 def check(results: Results, partial: bool = False) -> list[Violation]:

@@ -117,9 +117,8 @@ class Engine:
         synchronise = getattr(torch, self.device).synchronize
         warm = WARM_STEPS if workload.is_decode else 0
         # Prompts are taken in over several steps; the last tokens only close the requests.
-        prompts, params = self._requests(
-            workload, warm + PROFILED_STEPS + 4 if workload.is_decode else 1
-        )
+        new = warm + PROFILED_STEPS + 4 if workload.is_decode else 1
+        prompts, params = self._requests(workload, new)
         engine = self.llm.llm_engine
         for i, prompt in enumerate(prompts):
             engine.add_request(f"profile-{i}", prompt, params)
