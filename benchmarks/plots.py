@@ -93,7 +93,6 @@ def draw_times(results: Results, H: int) -> Any:
 
 
 def draw_gate_cost(results: Results) -> Any:
-    """What the gate costs in the glue: with it minus without, in default mode, by width."""
     figure, axes = plt.subplots(1, len(grid.WIDTHS), figsize=(9, 3.6), sharex=True, squeeze=False)
     for axis, H in zip(axes[0], grid.WIDTHS):
         _costs(axis, results, H, f"H = {H}")
@@ -104,7 +103,6 @@ def draw_gate_cost(results: Results) -> Any:
 
 
 def draw_summary(results: Results, H: int) -> Any:
-    """One picture: the gate alone, and what it costs in a layer."""
     figure, (times, costs) = plt.subplots(1, 2, figsize=(9, 3.8))
     _times(times, rows_of(results, "mul", H), SUMMARY, "the gate alone, µs")
     _costs(costs, results, H, "what it costs in a decoder layer, µs")
@@ -122,7 +120,6 @@ def draw_all(results: Results, directory: Path) -> None:
         "gate-cost": draw_gate_cost(results),
         "summary": draw_summary(results, grid.WIDTHS[0]),
     }
-    directory.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)

@@ -56,7 +56,6 @@ def host_times(
     as a call takes the device less time than the host.
     """
     samples: dict[Provider, list[float]] = {key: [] for key in calls}
-    collecting = gc.isenabled()
     gc.disable()
     try:
         for round_ in range(rounds + 2):  # the first two are thrown away
@@ -70,8 +69,7 @@ def host_times(
                 if round_ >= 2:
                     samples[key].append(elapsed * 1e6 / batch)
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
     return {key: columns(samples[key], batch) for key in calls}
 
 

@@ -56,14 +56,12 @@ Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def call_block(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out: Tensor = module(hidden)
-    return out
+    return module(hidden)
 
 
 def call_layer(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = module(hidden, position_embeddings=(cos, sin), attention_mask=None)
-    tensor: Tensor = out[0] if isinstance(out, tuple) else out
-    return tensor
+    return out[0] if isinstance(out, tuple) else out
 
 
 CALL: dict[str, Call] = {"block": call_block, "layer": call_layer}

@@ -17,7 +17,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,25 +31,23 @@ from gatefuse.bench.measure import checker
 from gatefuse.bench.timing import plan
 from gatefuse.bench.workloads import bytes_of, make_set
 
-_SOURCE = "kernels/ops/elementwise/elementwise.py"
-_IMPORTED: dict[str, Any] = {
-    "sglang": SimpleNamespace(),
-    "sglang.kernels.jit.utils": SimpleNamespace(
-        is_arch_support_pdl=lambda: kernels.supports_pdl(0)
-    ),
-    "sglang.srt.batch_invariant_ops": SimpleNamespace(
-        is_batch_invariant_mode_enabled=lambda: False
-    ),
-    "sglang.srt.utils": SimpleNamespace(is_hip=lambda: False),
-}
-"""What the source imports from sglang, and all that is used of it."""
+_USED = SimpleNamespace(
+    is_arch_support_pdl=lambda: kernels.supports_pdl(0),
+    is_batch_invariant_mode_enabled=lambda: False,
+    is_hip=lambda: False,
+)
+"""All that the source uses of sglang."""
+_MODULES = ["sglang", "sglang.kernels.jit.utils", "sglang.srt.batch_invariant_ops"]
+_IMPORTED: dict[str, Any] = dict.fromkeys([*_MODULES, "sglang.srt.utils"], _USED)
 
 
 def load() -> Any:
     """The module of SGLang's kernel. Raises BenchError where there is none."""
     package = importlib.util.find_spec("sglang")  # runs nothing of it
     folders = package.submodule_search_locations if package is not None else None
-    source = Path(next(iter(folders)), _SOURCE) if folders else None
+    source = (
+        Path(next(iter(folders)), "kernels/ops/elementwise/elementwise.py") if folders else None
+    )
     if source is None or not source.exists():
         raise BenchError("sglang, whose kernel is the baseline, is not installed")
     spec = importlib.util.spec_from_file_location("gatefuse_bench_sglang", source)
@@ -71,13 +69,12 @@ def calls_of(workload: str) -> dict[str, Callable[[Any], Tensor]]:
     """The providers: a call each, of a module, its inputs and what SGLang adds into."""
     sglang = load()
 
-    def baseline(one: Any) -> Tensor:
+    def baseline(one: Any) -> Any:
         module, (x, v, *_), routed = one
         if workload == "mul":
-            result: Tensor = sglang.fused_gate_sigmoid_mul(x, module.gate.weight[0], v)
-            return result
+            return sglang.fused_gate_sigmoid_mul(x, module.gate.weight[0], v)
         sglang.fused_gate_sigmoid_mul_add(x, module.gate.weight[0], v, routed)
-        return cast(Tensor, routed)
+        return routed
 
     return {
         "op": lambda one: one[0].op(*one[1])[0],

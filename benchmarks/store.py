@@ -95,10 +95,6 @@ def write(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def read(path: Path) -> dict[str, Any]:
-    return in_todays_words(json.loads(path.read_text()))
-
-
 def in_todays_words(content: dict[str, Any]) -> dict[str, Any]:
     """A file's content with the columns, kinds and providers of today."""
     rows = [{COLUMNS.get(name, name): value for name, value in r.items()} for r in content["rows"]]
@@ -131,7 +127,8 @@ def matches(frame: pd.DataFrame, where: dict[str, Any]) -> pd.Series:
 
 def load(paths: Iterable[Path]) -> Results:
     """The files' contents in the order of their dates."""
-    return collect(sorted(map(read, paths), key=lambda content: content["header"]["date"]))
+    files = [in_todays_words(json.loads(path.read_text())) for path in paths]
+    return collect(sorted(files, key=lambda content: content["header"]["date"]))
 
 
 def committed() -> Results:

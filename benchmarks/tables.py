@@ -153,8 +153,8 @@ class Tables:
 
     def ratios(self, workload: str, **where: str) -> list[str]:
         """gatefuse over Inductor in default mode, one line for each width."""
+        where |= {"provider": GATEFUSE[0], "mode": GATEFUSE[1]}
         rows = select(self.cases, workload, **where)
-        rows = rows[(rows["provider"] == GATEFUSE[0]) & (rows["mode"] == GATEFUSE[1])]
         if rows.empty:
             return []
         table = rows.sort_values("H").pivot(index="H", columns="N", values="of")

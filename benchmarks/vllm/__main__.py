@@ -101,7 +101,7 @@ def environment_of(provider: str, site: Path) -> dict[str, str]:
 
 
 def write_entry_points(site: Path) -> None:
-    """gatefuse's entry points, where no installed distribution has them."""
+    """Where no installed distribution has them."""
     group = "vllm.general_plugins"
     if any(p.name == "gatefuse" for p in importlib.metadata.entry_points(group=group)):
         return

@@ -34,8 +34,10 @@ def columns(samples_us: list[float], calls: int) -> dict[str, Any]:
     several = samples_us if len(samples_us) > 1 else samples_us * 2
     p10, *_, p90 = statistics.quantiles(several, n=10, method="inclusive")
     times = {"median_us": statistics.median(samples_us), "p10_us": p10, "p90_us": p90}
-    shown = {name: round(us, 4) for name, us in times.items()}
-    return {**shown, "repeats": len(samples_us), "calls": calls}
+    return {name: round(us, 4) for name, us in times.items()} | {
+        "repeats": len(samples_us),
+        "calls": calls,
+    }
 
 
 @functools.cache

@@ -14,7 +14,6 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,12 +86,6 @@ def _differences(
     return found, problems
 
 
-def _backend() -> Any:
-    """The backend's name, or the backend itself where gatefuse is not installed but only found."""
-    names = torch._dynamo.list_backends(exclude_tags=())
-    return "gatefuse" if "gatefuse" in names else gatefuse_backend
-
-
 def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
     model = build(name, wide=False, device=device, dtype=dtype)
     ids = torch.randint(0, model.config.vocab_size, CHECK_TOKENS, device=device)
@@ -103,7 +96,7 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
     with uncached_compiles():
         inductor = forward(torch.compile(model, fullgraph=True), ids)
     with uncached_compiles(), gatefuse.record() as report:
-        fused = forward(torch.compile(model, backend=_backend(), fullgraph=True), ids)
+        fused = forward(torch.compile(model, backend=gatefuse_backend, fullgraph=True), ids)
 
     differences, problems = _differences(eager, inductor, fused, reference, dtype)
     gates = count_gates(model)
@@ -156,7 +149,9 @@ def _time(name: str, device: torch.device, say: Callable[[str], None]) -> list[T
         ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
         torch.compiler.reset()
         inductor = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
-        fused = torch.compile(model, backend=_backend(), mode=mode, fullgraph=True, dynamic=False)
+        fused = torch.compile(
+            model, backend=gatefuse_backend, mode=mode, fullgraph=True, dynamic=False
+        )
         calls = [functools.partial(forward, compiled, ids) for compiled in (inductor, fused)]
         timings.append(Timing(mode, phase, batch * length, *_median_ms(calls, device)))
     return timings
@@ -220,9 +215,9 @@ def run_demo(
                 raise DemoError(missing) from error
             results.append(result)
     torch.compiler.reset()
-    label = (
-        f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    )
+    label = str(device)
+    if device.type == "cuda":
+        label += f" ({torch.cuda.get_device_name(device)})"
     versions = {
         "gatefuse": gatefuse.__version__,
         "torch": str(torch.__version__),

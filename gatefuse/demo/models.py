@@ -107,5 +107,4 @@ def quiet() -> Iterator[None]:
 
 def forward(model: Any, ids: Tensor) -> Tensor:
     """Logits ``[batch, length, vocabulary]`` of token ids ``[batch, length]``."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+    return model(input_ids=ids, use_cache=False).logits
