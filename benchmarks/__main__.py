@@ -21,7 +21,6 @@ WIDTHS = tuple(sorted({*grid.WIDTHS, *grid.GRIDS["widths"].widths}))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with ``argv``; returns the exit code."""
     args = _parser().parse_args(argv)
     try:
         return int(args.command(args))
@@ -54,23 +53,23 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(command=_measure, suite=name)
         return one
 
-    modes, dtypes = _chosen(grid.MODES), _chosen(DTYPES)
+    modes, dtypes = chosen(grid.MODES), chosen(DTYPES)
     one = suite("workloads", "GPU or CPU time of the gate alone and in a layer's glue")
-    one.add_argument("--grid", type=_chosen(grid.GRIDS), help="of " + ",".join(grid.GRIDS))
-    one.add_argument("--workloads", type=_chosen((*grid.WORKLOADS, *grid.VARIANTS)))
+    one.add_argument("--grid", type=chosen(grid.GRIDS), help="of " + ",".join(grid.GRIDS))
+    one.add_argument("--workloads", type=chosen((*grid.WORKLOADS, *grid.VARIANTS)))
     one.add_argument("--widths", type=_numbers)
     one.add_argument("--rows", type=_numbers)
     one.add_argument("--modes", type=modes)
     one.add_argument("--dtypes", type=dtypes)
 
     one = suite("modules", "modules of transformers: kernels, GPU time")
-    one.add_argument("--models", type=_chosen(grid.MODULE_MODELS), default=grid.MODULE_MODELS)
-    one.add_argument("--parts", type=_chosen(grid.MODULE_PARTS), default=grid.MODULE_PARTS)
+    one.add_argument("--models", type=chosen(grid.MODULE_MODELS), default=grid.MODULE_MODELS)
+    one.add_argument("--parts", type=chosen(grid.MODULE_PARTS), default=grid.MODULE_PARTS)
     one.add_argument("--rows", type=_numbers)
-    one.add_argument("--modes", type=_chosen(grid.MODULE_MODES), default=grid.MODULE_MODES)
+    one.add_argument("--modes", type=chosen(grid.MODULE_MODES), default=grid.MODULE_MODES)
 
     one = suite("host", "host time per call, import and compile time")
-    one.add_argument("--workloads", type=_chosen(grid.WORKLOADS), default=grid.WORKLOADS)
+    one.add_argument("--workloads", type=chosen(grid.WORKLOADS), default=grid.WORKLOADS)
     one.add_argument("--width", type=int, default=2048)
     one.add_argument("--rows", type=int, default=2)
     one.add_argument("--modes", type=modes, default=("default",))
@@ -90,7 +89,9 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def _chosen(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+def chosen(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """The type of an argument that lists some of ``allowed``, separated by commas."""
+
     def choose(text: str) -> tuple[str, ...]:
         parts = tuple(text.split(","))
         if unknown := set(parts) - set(allowed):

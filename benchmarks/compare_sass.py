@@ -97,7 +97,6 @@ def opcode(instruction: str) -> str:
 
 
 def source_at(revision: str) -> str:
-    """The source of gatefuse/kernels.py at a git revision."""
     show = ["git", "-C", str(Path(__file__).parent), "show", f"{revision}:gatefuse/kernels.py"]
     return subprocess.run(show, capture_output=True, text=True, check=True).stdout
 

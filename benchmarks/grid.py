@@ -96,7 +96,6 @@ def is_hot(case: Case | Key) -> bool:
 
 
 def measured(cases: Iterable[Case]) -> Iterator[tuple[Key, Provider]]:
-    """Everything that the cases measure."""
     for case in cases:
         for N in case.rows:
             for p in case.providers():

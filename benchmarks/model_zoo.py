@@ -15,8 +15,6 @@ def modeling_of(name: str) -> Any:
     return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
 
-# Modules at their real widths.
-
 CLASSES = {"qwen3_next": "Qwen3Next", "qwen2_moe": "Qwen2Moe"}
 FULL_ATTENTION_LAYER = 3  # of Qwen3-Next, whose other layers are gated delta nets
 DECODE_TOKENS = 256

@@ -17,7 +17,17 @@ import pandas as pd
 
 from benchmarks import grid
 from benchmarks.store import Results, matches
-from benchmarks.tables import EAGER, GATEFUSE, INDUCTOR, LABELS, OP, ROOFLINE, TITLES, ProviderKey
+from benchmarks.tables import (
+    EAGER,
+    GATEFUSE,
+    INDUCTOR,
+    LABELS,
+    OP,
+    ROOFLINE,
+    TITLES,
+    ProviderKey,
+    select,
+)
 
 STYLES: dict[ProviderKey, dict[str, Any]] = {
     EAGER: {"color": "#999999"},
@@ -36,10 +46,7 @@ SUMMARY = (EAGER, INDUCTOR, ("inductor", "max-autotune"), GATEFUSE, ROOFLINE)
 
 
 def rows_of(results: Results, workload: str, H: int) -> pd.DataFrame:
-    """The static cases of a workload at a width, on a GPU in bfloat16."""
-    where = {"device": "cuda", "shapes": "static", "dtype": grid.DTYPE}
-    cases = results.cases[matches(results.cases, {**where, "workload": workload, "H": H})]
-    return cases.sort_values("N")
+    return select(results.cases, workload, H).sort_values("N")
 
 
 def _lines(
@@ -86,7 +93,6 @@ def draw_times(results: Results, H: int) -> Any:
 
 
 def draw_gate_cost(results: Results) -> Any:
-    """What the gate costs in the glue: with it minus without, in default mode, by width."""
     figure, axes = plt.subplots(1, len(grid.WIDTHS), figsize=(9, 3.6), sharex=True, squeeze=False)
     for axis, H in zip(axes[0], grid.WIDTHS):
         _costs(axis, results, H, f"H = {H}")
@@ -97,7 +103,6 @@ def draw_gate_cost(results: Results) -> Any:
 
 
 def draw_summary(results: Results, H: int) -> Any:
-    """One picture: the gate alone, and what it costs in a layer."""
     figure, (times, costs) = plt.subplots(1, 2, figsize=(9, 3.8))
     _times(times, rows_of(results, "mul", H), SUMMARY, "the gate alone, µs")
     _costs(costs, results, H, "what it costs in a decoder layer, µs")
@@ -108,18 +113,13 @@ def draw_summary(results: Results, H: int) -> Any:
     return figure
 
 
-def draw_all(results: Results, directory: Path) -> list[Path]:
-    """Write every plot; returns the files."""
+def draw_all(results: Results, directory: Path) -> None:
     plt.rcParams.update({"svg.hashsalt": "gatefuse", "svg.fonttype": "none"})
     figures = {
         "times": draw_times(results, grid.WIDTHS[0]),
         "gate-cost": draw_gate_cost(results),
         "summary": draw_summary(results, grid.WIDTHS[0]),
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = []
     for name, figure in figures.items():
-        paths.append(directory / f"{name}.svg")
-        figure.savefig(paths[-1], metadata={"Date": None})
+        figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)
-    return paths

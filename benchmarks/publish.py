@@ -11,7 +11,7 @@ import pandas as pd
 from benchmarks import grid, store
 from benchmarks.grid import WORKLOADS
 from benchmarks.store import CASE, ROOT, Results
-from benchmarks.tables import GATEFUSE, INDUCTOR, Tables, markdown, provenance
+from benchmarks.tables import GATEFUSE, INDUCTOR, Tables, markdown, provenance, select
 from benchmarks.thresholds import Violation, missing
 from benchmarks.vllm import tables as vllm_tables
 
@@ -30,7 +30,6 @@ left the gate alone there, because fusing it does not pay.
 
 
 def report(results: Results) -> str:
-    """All tables of ``results``, by section."""
     tables, parts = Tables(results), []
     for title, section in SECTIONS.items():
         if found := [part for part in section(tables) if part]:
@@ -59,9 +58,9 @@ def summary(tables: Tables) -> list[str]:
     """Of README.md: one width, gatefuse and Inductor in their default mode."""
     pair, H = (INDUCTOR, GATEFUSE), grid.WIDTHS[0]
     rows = {
-        "the gate alone": tables.lines(tables.select("mul", H), "time", pair),
-        "in a layer's glue": tables.lines(tables.select("glue", H), "time", pair),
-        "cost of the gate there": tables.lines(tables.select("glue", H), "cost", pair),
+        "the gate alone": tables.lines(select(tables.cases, "mul", H), "time", pair),
+        "in a layer's glue": tables.lines(select(tables.cases, "glue", H), "time", pair),
+        "cost of the gate there": tables.lines(select(tables.cases, "glue", H), "cost", pair),
     }
     table = pd.concat([t.rename(lambda p, w=w: f"{w}: {p}") for w, t in rows.items()])
     found = tables.results
@@ -79,7 +78,6 @@ def summary(tables: Tables) -> list[str]:
 
 
 def violated(tables: Tables) -> list[str]:
-    """Every violation, by its reason."""
     return _by_reason(v for v in tables.violations if not v.reported)
 
 
@@ -107,7 +105,6 @@ Section = Callable[[Tables], list[str]]
 
 
 def _each(table: Callable[[Tables, str, int], list[str]], workloads: Iterable[str]) -> Section:
-    """A table for each of the workloads and widths."""
     return lambda tables: [p for w in workloads for H in tables.widths for p in table(tables, w, H)]
 
 

@@ -56,7 +56,6 @@ def host_times(
     as a call takes the device less time than the host.
     """
     samples: dict[Provider, list[float]] = {key: [] for key in calls}
-    collecting = gc.isenabled()
     gc.disable()
     try:
         for round_ in range(rounds + 2):  # the first two are thrown away
@@ -70,15 +69,14 @@ def host_times(
                 if round_ >= 2:
                     samples[key].append(elapsed * 1e6 / batch)
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
     return {key: columns(samples[key], batch) for key in calls}
 
 
 def call_rows(
     workload: str, H: int, N: int, modes: Sequence[str], device: str, rounds: int
 ) -> list[Row]:
-    """Host time per call of each provider of ``workload``; wrong ones are not timed."""
+    """Of each provider of ``workload``; wrong ones are not timed."""
     torch._dynamo.reset()
     hint = make_set(workload, H, N, getattr(torch, DTYPE), device)
     module, inputs = hint
@@ -103,7 +101,7 @@ def call_rows(
     return list(rows.values())
 
 
-def import_row(repeats: int) -> Row:
+def import_rows(repeats: int) -> list[Row]:
     """Time of ``import gatefuse`` after ``import torch``, each in a new process."""
     times, cuda = [], 0
     for _ in range(repeats + 1):  # the first writes the byte code
@@ -114,7 +112,7 @@ def import_row(repeats: int) -> Row:
         cuda += int(initialised)
     median_ms = round(statistics.median(times[1:]), 2)
     row = {"what": "import", "median_ms": median_ms, "initialises_cuda": bool(cuda)}
-    return row | {"repeats": repeats}
+    return [row | {"repeats": repeats}]
 
 
 def compile_rows(workload: str, H: int, N: int, device: str, repeats: int) -> list[Row]:
@@ -188,11 +186,10 @@ def run(args: Namespace, run: Run) -> tuple[Path, int]:
     torch._dynamo.config.recompile_limit = 64
 
     sizes = (args.width, args.rows)
-    works: list[Callable[[], list[Row]]] = [lambda: [import_row(imports)]]
-    for w in args.workloads:
-        works.append(functools.partial(compile_rows, w, *sizes, run.device, repeats))
-    for w in args.workloads:
-        works.append(functools.partial(call_rows, w, *sizes, args.modes, run.device, rounds))
+    compiles = functools.partial(compile_rows, device=run.device, repeats=repeats)
+    calls = functools.partial(call_rows, modes=args.modes, device=run.device, rounds=rounds)
+    works = [functools.partial(import_rows, imports)]
+    works += [functools.partial(of, w, *sizes) for of in (compiles, calls) for w in args.workloads]
     with torch.no_grad():
         for done, work in enumerate(works):
             if time.monotonic() - begin > run.time_budget:

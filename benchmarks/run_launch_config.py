@@ -40,27 +40,19 @@ class LaunchCase:
     pdl: bool
 
 
-def configurations(width: int) -> Iterator[LaunchConfig]:
-    """Chunks, most of which divide the row, and one padded load; 2 to 32 elements a thread."""
-    chunks = {c for c in (1024, 2048) if width % 1024 == 0 and c <= width} or {512}
-    for block in sorted(chunks | {min(1 << (width - 1).bit_length(), 8192)}):
+def configurations(case: LaunchCase, N: int) -> Iterator[LaunchConfig]:
+    """Chunks, most of which divide the row, and one padded load; 2 to 32 elements a thread. All
+    else is as the rule has it."""
+    itemsize, H = getattr(torch, case.dtype).itemsize, case.H
+    rule = launch_config(N, H, H, itemsize, addend=True, dependent=case.pdl)
+    chunks = {c for c in (1024, 2048) if H % 1024 == 0 and c <= H} or {512}
+    for block in sorted(chunks | {min(1 << (H - 1).bit_length(), 8192)}):
         for warps in (4, 8, 16):
             if 2 <= block // (32 * warps) <= 32:
-                yield LaunchConfig(block, block, warps)
-
-
-def variants(case: LaunchCase, N: int) -> list[LaunchConfig]:
-    """The configurations, and all else as the rule has it."""
-    itemsize = getattr(torch, case.dtype).itemsize
-    rule = launch_config(N, case.H, case.H, itemsize, addend=True, dependent=case.pdl)
-    return [
-        config._replace(trigger_first=rule.trigger_first, evict_first=rule.evict_first)
-        for config in configurations(case.H)
-    ]
+                yield rule._replace(block_h=block, block_d=block, num_warps=warps)
 
 
 def launch(case: LaunchCase, config: LaunchConfig, one: InputSet) -> Tensor:
-    """The kernel's result in a configuration."""
     module, (x, v, a) = one
     out, pdl = torch.empty_like(x), case.pdl
     kernels.launch(x, module.gate.weight, v, None, a, out, config=config, pdl=pdl, weight_first=pdl)
@@ -68,14 +60,13 @@ def launch(case: LaunchCase, config: LaunchConfig, one: InputSet) -> Tensor:
 
 
 def run_case(run: Run, case: LaunchCase, lock: BaseFileLock) -> list[Row]:
-    """A result row for each configuration and number of rows."""
     torch.manual_seed(0)
     dtype, rows = getattr(torch, case.dtype), []
     with torch.no_grad():
         one = make_set("add", case.H, CHECKED, dtype, run.device)
         check = checker(*one)
         for N in case.rows:  # compile, while others measure
-            for config in variants(case, N):
+            for config in configurations(case, N):
                 # What the launch leaves unwritten in what it allocates is then NaN.
                 poison = [torch.full_like(one[1][0], math.nan) for _ in range(4)]
                 del poison
@@ -83,7 +74,7 @@ def run_case(run: Run, case: LaunchCase, lock: BaseFileLock) -> list[Row]:
         for N in case.rows:
             read, moved = bytes_of("add", case.H, N, dtype)
             number, samples = plan(read, moved, 1, run.device)
-            calls = {c: functools.partial(launch, case, c) for c in variants(case, N)}
+            calls = {c: functools.partial(launch, case, c) for c in configurations(case, N)}
             with lock:
                 sets = [make_set("add", case.H, N, dtype, run.device) for _ in range(number)]
                 timings = rotated(calls, sets, samples, run)
@@ -98,7 +89,6 @@ def run_case(run: Run, case: LaunchCase, lock: BaseFileLock) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """The rule against the fastest configuration, by dtype, launch and width."""
     lines = []
     rows = [row for row in rows if "error" not in row]
     for dtype, pdl, H in dict.fromkeys((r["dtype"], r["pdl"], r["H"]) for r in rows):
@@ -116,7 +106,6 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def run(args: Namespace, run: Run) -> tuple[Path, int]:
-    """Measure all; see :func:`benchmarks.sweep.sweep`."""
     cases = [
         LaunchCase(H, args.rows, dtype, pdl)
         for dtype in args.dtypes

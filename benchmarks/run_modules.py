@@ -19,6 +19,7 @@ import warnings
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from benchmarks.sweep import BenchError, Row, Run, guard_tuning, sweep
 from gatefuse.bench.measure import (
     fusion_facts,
     inductor_options,
+    norms,
     reraise_if_broken,
     uncached_compiles,
     with_own_code,
@@ -54,14 +56,12 @@ Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def call_block(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out: Tensor = module(hidden)
-    return out
+    return module(hidden)
 
 
 def call_layer(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = module(hidden, position_embeddings=(cos, sin), attention_mask=None)
-    tensor: Tensor = out[0] if isinstance(out, tuple) else out
-    return tensor
+    return out[0] if isinstance(out, tuple) else out
 
 
 CALL: dict[str, Call] = {"block": call_block, "layer": call_layer}
@@ -127,19 +127,8 @@ def time_calls(
     return interleaved(replays, rounds, device), {"timed_by": "graph"}
 
 
-def rms(t: Tensor) -> float:
-    return float(t.float().square().mean().sqrt())
-
-
-def key_columns(case: ModuleCase, provider: str, draw: int = 0) -> Row:
-    """The columns that tell what a row is of."""
-    of = {"model": case.model, "part": case.part, "tokens": case.tokens}
-    return of | {"provider": provider, "mode": case.mode, "draw": draw}
-
-
-def failed_rows(case: ModuleCase, error: str) -> list[Row]:
-    """The rows of a case whose process died."""
-    return [{**key_columns(case, p), "error": error} for p in grid.MODULE_PROVIDERS]
+def keys(case: ModuleCase) -> list[Row]:
+    return [{**asdict(case), "provider": p, "draw": 0} for p in grid.MODULE_PROVIDERS]
 
 
 def draws(case: ModuleCase, small: bool) -> Iterator[Draw]:
@@ -153,8 +142,7 @@ def draws(case: ModuleCase, small: bool) -> Iterator[Draw]:
 
 
 def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
-    """Compile, check, profile and time both providers; a result row for each compile, µs per
-    call."""
+    """A result row for each compile, µs per call."""
     guard_tuning(lock)
     torch.manual_seed(zlib.crc32(repr(case).encode()))
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools")
@@ -165,13 +153,13 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
         module, inputs = model_zoo.module(case.model, case.part, case.tokens, run.device, run.small)
         eager = CALL[case.part](module, *inputs).float()
         for provider, draw in draws(case, run.small):
-            row = rows[provider, draw] = key_columns(case, provider, draw)
+            row = rows[provider, draw] = {**asdict(case), "provider": provider, "draw": draw}
             try:
                 function, result, facts = compile_provider(provider, draw, case, module, inputs)
                 # Both round otherwise than eager does; gatefuse may not be further off.
-                error = rms(result.float() - eager)
+                error, _ = norms(result.float() - eager)
                 inductor_error = inductor_error or error
-                allowed = 2 * inductor_error + torch.finfo(torch.bfloat16).eps * rms(eager)
+                allowed = 2 * inductor_error + torch.finfo(torch.bfloat16).eps * norms(eager)[0]
                 if not error <= allowed:
                     raise AssertionError(f"error {error:.3e} > {allowed:.3e}")
                 call = functools.partial(function, module, *inputs)
@@ -193,10 +181,8 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
 
 
 def run(args: Namespace, run: Run) -> tuple[Path, int]:
-    """Measure the chosen modules; see :func:`benchmarks.sweep.sweep`. Raises BenchError without
-    transformers."""
     if importlib.util.find_spec("transformers") is None:
         raise BenchError("transformers is not installed: pip install 'gatefuse[demo]'")
     rows = args.rows or ((4, 300) if run.small else grid.MODULE_ROWS)
     cases = grid.module_cases(args.models, args.parts, rows, args.modes)
-    return sweep("modules", run, cases, functools.partial(run_case, run), failed_rows)
+    return sweep("modules", run, cases, functools.partial(run_case, run), keys)

@@ -15,10 +15,9 @@ import sys
 import zlib
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,38 +26,28 @@ from torch import Tensor
 
 from benchmarks.sweep import BenchError, Row, Run, rotated, sweep
 from gatefuse import kernels
+from gatefuse.bench.cases import Case
 from gatefuse.bench.measure import checker
 from gatefuse.bench.timing import plan
 from gatefuse.bench.workloads import bytes_of, make_set
 
-_SOURCE = "kernels/ops/elementwise/elementwise.py"
-_IMPORTED: dict[str, Any] = {
-    "sglang": SimpleNamespace(),
-    "sglang.kernels.jit.utils": SimpleNamespace(
-        is_arch_support_pdl=lambda: kernels.supports_pdl(0)
-    ),
-    "sglang.srt.batch_invariant_ops": SimpleNamespace(
-        is_batch_invariant_mode_enabled=lambda: False
-    ),
-    "sglang.srt.utils": SimpleNamespace(is_hip=lambda: False),
-}
-"""What the source imports from sglang, and all that is used of it."""
-
-
-@dataclass(frozen=True)
-class SGLangCase:
-    """A unit of work: one workload at one width, with all providers."""
-
-    workload: str
-    H: int
-    rows: tuple[int, ...]
+_USED = SimpleNamespace(
+    is_arch_support_pdl=lambda: kernels.supports_pdl(0),
+    is_batch_invariant_mode_enabled=lambda: False,
+    is_hip=lambda: False,
+)
+"""All that the source uses of sglang."""
+_MODULES = ["sglang", "sglang.kernels.jit.utils", "sglang.srt.batch_invariant_ops"]
+_IMPORTED: dict[str, Any] = dict.fromkeys([*_MODULES, "sglang.srt.utils"], _USED)
 
 
 def load() -> Any:
     """The module of SGLang's kernel. Raises BenchError where there is none."""
     package = importlib.util.find_spec("sglang")  # runs nothing of it
     folders = package.submodule_search_locations if package is not None else None
-    source = Path(next(iter(folders)), _SOURCE) if folders else None
+    source = (
+        Path(next(iter(folders)), "kernels/ops/elementwise/elementwise.py") if folders else None
+    )
     if source is None or not source.exists():
         raise BenchError("sglang, whose kernel is the baseline, is not installed")
     spec = importlib.util.spec_from_file_location("gatefuse_bench_sglang", source)
@@ -80,13 +69,12 @@ def calls_of(workload: str) -> dict[str, Callable[[Any], Tensor]]:
     """The providers: a call each, of a module, its inputs and what SGLang adds into."""
     sglang = load()
 
-    def baseline(one: Any) -> Tensor:
+    def baseline(one: Any) -> Any:
         module, (x, v, *_), routed = one
         if workload == "mul":
-            result: Tensor = sglang.fused_gate_sigmoid_mul(x, module.gate.weight[0], v)
-            return result
+            return sglang.fused_gate_sigmoid_mul(x, module.gate.weight[0], v)
         sglang.fused_gate_sigmoid_mul_add(x, module.gate.weight[0], v, routed)
-        return cast(Tensor, routed)
+        return routed
 
     return {
         "op": lambda one: one[0].op(*one[1])[0],
@@ -95,13 +83,12 @@ def calls_of(workload: str) -> dict[str, Callable[[Any], Tensor]]:
     }
 
 
-def make(case: SGLangCase, N: int, device: str) -> tuple[Any, tuple[Tensor, ...], Tensor]:
+def make(case: Case, N: int, device: str) -> tuple[Any, tuple[Tensor, ...], Tensor]:
     module, inputs = make_set(case.workload, case.H, N, torch.bfloat16, device)
     return module, inputs, inputs[-1].clone()
 
 
-def run_case(run: Run, case: SGLangCase, lock: BaseFileLock) -> list[Row]:
-    """A result row for each provider and number of rows."""
+def run_case(run: Run, case: Case, lock: BaseFileLock) -> list[Row]:
     torch.manual_seed(zlib.crc32(repr(case).encode()))
     rows = []
     with torch.no_grad():
@@ -128,7 +115,6 @@ def run_case(run: Run, case: SGLangCase, lock: BaseFileLock) -> list[Row]:
 
 
 def run(args: Namespace, run: Run) -> tuple[Path, int]:
-    """Measure all; see :func:`benchmarks.sweep.sweep`. Raises BenchError without sglang."""
     load()
-    cases = [SGLangCase(workload, H, args.rows) for H in args.widths for workload in ("mul", "add")]
+    cases = [Case(workload, H, args.rows) for H in args.widths for workload in ("mul", "add")]
     return sweep("sglang", run, cases, functools.partial(run_case, run))

@@ -135,17 +135,11 @@ def run_case(rounds: int, case: Case, lock: BaseFileLock) -> list[Row]:
     return rows
 
 
-def failed_rows(case: Case, error: str) -> list[Row]:
-    """The rows of a case whose process died."""
-    return [
-        {**case.columns(provider, N), "error": error}
-        for N in case.rows
-        for provider in case.providers()
-    ]
+def keys(case: Case) -> list[Row]:
+    return [case.columns(provider, N) for N in case.rows for provider in case.providers()]
 
 
 def run(args: Namespace, run: Run) -> tuple[Path, int]:
-    """Measure the chosen grids; see :func:`benchmarks.sweep.sweep`."""
     given = {n: getattr(args, n) for n in ("workloads", "widths", "rows", "modes", "dtypes")}
     changes: dict[str, Any] = {"widths": (128,), "rows": (2, 64)} if run.small else {}
     changes |= {name: value for name, value in given.items() if value is not None}
@@ -153,4 +147,4 @@ def run(args: Namespace, run: Run) -> tuple[Path, int]:
     grids = [dataclasses.replace(GRIDS[n], device=run.device, **changes) for n in names]
     cases = [case for one in grids for case in one.cases()]
     kind = "cpu" if run.device == "cpu" else "workloads"
-    return sweep(kind, run, cases, functools.partial(run_case, run.rounds), failed_rows)
+    return sweep(kind, run, cases, functools.partial(run_case, run.rounds), keys)

@@ -69,7 +69,6 @@ def _output(*command: str) -> str | None:
 
 
 def _gpu() -> str | None:
-    """Name and driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     found = (_output(*query, "-i", visible) if visible else None) or _output(*query)
@@ -94,11 +93,6 @@ def write(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The content of a file, in today's words."""
-    return in_todays_words(json.loads(path.read_text()))
 
 
 def in_todays_words(content: dict[str, Any]) -> dict[str, Any]:
@@ -128,19 +122,16 @@ class Results:
 
 def matches(frame: pd.DataFrame, where: dict[str, Any]) -> pd.Series:
     """Which rows have these values."""
-    found = pd.Series(True, frame.index)
-    for name, value in where.items():
-        found &= frame[name] == value
-    return found
+    return (frame[list(where)] == pd.Series(where)).all(axis=1)
 
 
 def load(paths: Iterable[Path]) -> Results:
     """The files' contents in the order of their dates."""
-    return collect(sorted(map(read, paths), key=lambda content: content["header"]["date"]))
+    files = [in_todays_words(json.loads(path.read_text())) for path in paths]
+    return collect(sorted(files, key=lambda content: content["header"]["date"]))
 
 
 def committed() -> Results:
-    """All committed results."""
     return load((ROOT / "benchmarks" / "results").glob("*.json"))
 
 

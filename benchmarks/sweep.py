@@ -56,14 +56,14 @@ class Run:
 def sweep(
     kind: str,
     run: Run,
-    cases: Sequence[Item],
-    work: Work[Item, list[Row]],
-    failed_rows: Callable[[Item, str], list[Row]] | None = None,
+    cases: Sequence[Any],
+    work: Work[Any, list[Row]],
+    keys: Callable[[Any], list[Row]] = lambda case: [asdict(case)],
 ) -> tuple[Path, int]:
     """Run ``work`` on the cases until the time budget is over; write the results after each.
 
-    ``failed_rows`` makes the rows of a case whose process died. Returns the result file and an exit
-    code: 1 if a provider failed, 2 if the time was over before all cases were measured.
+    keys: the rows, without values, of a case whose process died. Returns the result file and an
+    exit code: 1 if a provider failed, 2 if the time was over before all cases were measured.
     """
     from benchmarks import store  # its pandas is not for the processes that measure
 
@@ -74,16 +74,14 @@ def sweep(
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_AUTOTUNE_NUM_CHOICES_DISPLAYED"] = "0"
     content: dict[str, Any] = {"kind": kind, "header": store.header(run.device, sys.argv[1:])}
-    waiting: list[Any] = list(cases)
-    content |= {"rows": [], "not_run": [asdict(case) for case in waiting]}
+    content |= {"rows": [], "not_run": [asdict(case) for case in cases]}
     failed = 0
     for case, rows, error in spread(work, cases, run.processes, begin + run.time_budget):
         if rows is None:
             print(error, file=sys.stderr, flush=True)
-            text = str(error).strip()[-500:]
-            rows = failed_rows(case, text) if failed_rows else [asdict(case) | {"error": text}]
+            rows = [row | {"error": str(error).strip()[-500:]} for row in keys(case)]
         content["rows"] += rows
-        content["not_run"].remove(asdict(case))  # type: ignore[call-overload]
+        content["not_run"].remove(asdict(case))
         store.write(path, content)
         wrong = [row for row in rows if "error" in row]
         failed += len(wrong)

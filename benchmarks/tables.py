@@ -72,6 +72,14 @@ def ratio(value: float) -> str:
     return "" if pd.isna(value) else f"{value:.3f}"
 
 
+def select(cases: pd.DataFrame, workload: str, H: int | None = None, **where: str) -> pd.DataFrame:
+    """The rows of a workload at a width (None: at all), of static cases on a GPU in bfloat16
+    unless ``where`` says otherwise."""
+    wanted = {"device": "cuda", "shapes": "static", "dtype": grid.DTYPE, **where}
+    wanted |= {"workload": workload} | ({} if H is None else {"H": H})
+    return cases[matches(cases, wanted)]
+
+
 class Tables:
     """Tables of ``results``, in which what violates a threshold is flagged."""
 
@@ -103,21 +111,13 @@ class Tables:
                 texts[name].append(text and text + (flag if text != "failed" else ""))
         share = cases["roofline_us"] / cases["median_us"] * 100
         bandwidth = cases["bytes"] / cases["median_us"] / 1e3
-        keys = zip(cases["provider"], cases["mode"])
         return cases.assign(
             **texts,
             share=["" if pd.isna(x) else f"{x:.0f}" for x in share],
             bandwidth=["" if pd.isna(x) else f"{x:.0f}" for x in bandwidth],
             baseline=cases["baseline_us"].map(number),
-            label=[LABELS[key] for key in keys],
+            label=[LABELS[key] for key in zip(cases["provider"], cases["mode"])],
         )
-
-    def select(self, workload: str, H: int | None = None, **where: str) -> pd.DataFrame:
-        """The rows of a workload at a width (None: at all), of static cases on a GPU in bfloat16
-        unless ``where`` says otherwise."""
-        wanted = {"device": "cuda", "shapes": "static", "dtype": grid.DTYPE, **where}
-        wanted |= {"workload": workload} | ({} if H is None else {"H": H})
-        return self.cases[matches(self.cases, wanted)]
 
     def lines(
         self, rows: pd.DataFrame, column: str, providers: Iterable[ProviderKey] = tuple(LABELS)
@@ -127,20 +127,18 @@ class Tables:
         return table.reindex([LABELS[p] for p in providers])
 
     def times(self, workload: str, H: int) -> list[str]:
-        """µs of every provider, with the spread."""
         return self._by_provider(workload, H, "spread", "µs:")
 
     def gate_costs(self, workload: str, H: int) -> list[str]:
-        """With the gate minus without, of every provider."""
         return self._by_provider(workload, H, "cost", "cost of the gate, µs:")
 
     def _by_provider(self, workload: str, H: int, column: str, what: str) -> list[str]:
-        title, rows = f"{TITLES[workload]}, H = {H}, {what}", self.select(workload, H)
+        title, rows = f"{TITLES[workload]}, H = {H}, {what}", select(self.cases, workload, H)
         return [title, markdown(self.lines(rows, column))] if len(rows) else []
 
     def alone(self, workload: str, H: int) -> list[str]:
         """The gate alone: hot inputs, bandwidth, and the best known kernel."""
-        rows = self.select(workload, H)
+        rows = select(self.cases, workload, H)
         if rows.empty:
             return []
         shown = (INDUCTOR, GATEFUSE, OP, ROOFLINE)
@@ -155,8 +153,8 @@ class Tables:
 
     def ratios(self, workload: str, **where: str) -> list[str]:
         """gatefuse over Inductor in default mode, one line for each width."""
-        rows = self.select(workload, **where)
-        rows = rows[(rows["provider"] == GATEFUSE[0]) & (rows["mode"] == GATEFUSE[1])]
+        where |= {"provider": GATEFUSE[0], "mode": GATEFUSE[1]}
+        rows = select(self.cases, workload, **where)
         if rows.empty:
             return []
         table = rows.sort_values("H").pivot(index="H", columns="N", values="of")
@@ -178,7 +176,6 @@ class Tables:
         return parts
 
     def modules(self) -> list[str]:
-        """Real modules: kernels and GPU time."""
         heads = ["N", "kernels: Inductor", "gatefuse", "µs: Inductor", "gatefuse", "ratio"]
         heads += ["slowest compile, µs: Inductor", "gatefuse"]
         heads += ["compile, s: Inductor", "gatefuse", "pass, ms"]
@@ -206,7 +203,6 @@ class Tables:
         return parts
 
     def host_calls(self) -> list[str]:
-        """Host time per call."""
         calls = [row for row in self.results.host if row["what"] == "call" and "median_us" in row]
         if not calls:
             return []
@@ -222,7 +218,6 @@ class Tables:
         return [f"{title}, µs:", markdown(table, "")]
 
     def compiles(self) -> list[str]:
-        """Time of the first call and of the pass."""
         body = {}
         for row in self.results.host:
             if row["what"] != "compile":
@@ -242,7 +237,6 @@ class Tables:
         return parts
 
     def cpu(self) -> list[str]:
-        """Times on the CPU, and gatefuse over Inductor."""
         parts = []
         rows = self.cases[(self.cases["device"] == "cpu") & self.cases["workload"].isin(TITLES)]
         order = {workload: i for i, workload in enumerate(TITLES)}

@@ -47,7 +47,7 @@ class Threshold:
     reported: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Violation:
     """``case`` violates a threshold with a provider in a mode; ``reason`` is known from
     ``benchmarks/reasons.toml`` or None."""
@@ -69,23 +69,24 @@ DEFAULT = f"{FUSED} and mode == 'default' and {GPU}"
 ALONE = "workload in ('mul', 'add')"
 KERNEL = f"provider == 'op' and {ALONE} and {GPU}"
 
-SLOWER_THAN_INDUCTOR = f"{FUSED} and median_us > {SLOWER} * inductor_us"
 FAILED = Threshold("error.notna()", "{r.provider}, {r.mode} failed: {r.error}")
 PASS = f"pass_ms > {PASS_SHARE} * compile_s * 1e3"
 PASS_TEXT = "{r.what}: the pass takes {r.pass_ms:.1f} ms, {r.pass_percent:.2f} % of the compile"
 
+
+def _slower(hot: str = "", what: str = "", digits: int = 2) -> Threshold:
+    """Slower than Inductor. hot: what the names of the columns begin with."""
+    return Threshold(
+        f"{FUSED} and {hot}median_us > {SLOWER} * {hot}inductor_us",
+        f"{{r.mode}}{what}: gatefuse {{r.{hot}median_us:.{digits}f}} us is {{r.{hot}ratio:.3f}} of "
+        f"Inductor's {{r.{hot}inductor_us:.{digits}f}}",
+    )
+
+
 CASES = (
     FAILED,
-    Threshold(
-        SLOWER_THAN_INDUCTOR,
-        "{r.mode}: gatefuse {r.median_us:.2f} us is {r.ratio:.3f} of Inductor's "
-        "{r.inductor_us:.2f}",
-    ),
-    Threshold(
-        f"{FUSED} and hot_median_us > {SLOWER} * hot_inductor_us",
-        "{r.mode}, hot: gatefuse {r.hot_median_us:.2f} us is {r.hot_ratio:.3f} of Inductor's "
-        "{r.hot_inductor_us:.2f}",
-    ),
+    _slower(),
+    _slower("hot_", ", hot"),
     Threshold(
         f"{DEFAULT} and {ALONE} and median_us > {SLOWER} * best_us",
         "gatefuse {r.median_us:.2f} us is {r.of_best:.3f} of the best provider's {r.best_us:.2f} "
@@ -123,11 +124,7 @@ CASES = (
 )
 MODULES = (
     FAILED,
-    Threshold(
-        SLOWER_THAN_INDUCTOR,
-        "{r.mode}: gatefuse {r.median_us:.1f} us is {r.ratio:.3f} of Inductor's "
-        "{r.inductor_us:.1f}",
-    ),
+    _slower(digits=1),
     Threshold(
         f"{FUSED} and kernels > inductor_kernels",
         "{r.mode}: gatefuse launches {r.kernels:g} kernels, Inductor {r.inductor_kernels:g}",
@@ -167,14 +164,10 @@ def violations(results: Results) -> list[Violation]:
         *_in_frame(modules_beside_inductor(results.modules), MODULES),
         *_in_frame(_host(results.host), HOST),
     ]
-    return [dataclasses.replace(violation, reason=_reason(str(violation))) for violation in found]
-
-
-def _reason(line: str) -> str | None:
-    for patterns, reason in reasons():
-        if any(fnmatch.fnmatchcase(line, pattern) for pattern in patterns):
-            return reason
-    return None
+    for violation in found:
+        fits = functools.partial(fnmatch.fnmatchcase, str(violation))
+        violation.reason = next((text for of, text in reasons() if any(map(fits, of))), None)
+    return found
 
 
 def check(results: Results, partial: bool = False) -> list[Violation]:

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import model_zoo, store
+from benchmarks.__main__ import chosen
 from benchmarks.vllm import tables as vllm_tables
 from benchmarks.vllm.engine import Workload
 from benchmarks.vllm.group import Group, Remote
@@ -85,8 +86,8 @@ def engine_arguments(model: str, folder: Path, tiny: bool) -> dict[str, Any]:
 
 
 def environment_of(provider: str, site: Path) -> dict[str, str]:
-    """Variables of the provider's process and its children."""
-    path = [*paths_of(site), os.environ.get("PYTHONPATH", "")]
+    """Variables of the provider's process and its children. site: has gatefuse's entry points."""
+    path = [str(site), str(store.ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "HF_HUB_OFFLINE": "1",
@@ -99,13 +100,8 @@ def environment_of(provider: str, site: Path) -> dict[str, str]:
     }
 
 
-def paths_of(site: Path) -> list[str]:
-    """Where gatefuse's entry points are, and gatefuse."""
-    return [str(site), str(store.ROOT)]
-
-
 def write_entry_points(site: Path) -> None:
-    """gatefuse's entry points, where no installed distribution has them."""
+    """Where no installed distribution has them."""
     group = "vllm.general_plugins"
     if any(p.name == "gatefuse" for p in importlib.metadata.entry_points(group=group)):
         return
@@ -121,13 +117,13 @@ def write_entry_points(site: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure or render; returns the exit code."""
     parser = argparse.ArgumentParser(description="tokens per second of vLLM with gatefuse")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", choices=tuple(model_zoo.ENGINE_MODELS), default="qwen2_moe")
     parser.add_argument("--layers", type=int, help="another number of layers")
-    parser.add_argument("--providers", default=",".join(DEFAULT))
-    parser.add_argument("--workloads", help="default: all")
+    parser.add_argument("--providers", type=chosen(PROVIDERS), default=DEFAULT)
+    names = dict.fromkeys(w.name for w in (*WORKLOADS, *TINY_WORKLOADS))
+    parser.add_argument("--workloads", type=chosen(names), default=tuple(names))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--starts", type=int, default=1, help="starts of each engine")
     parser.add_argument("--gpus", type=int, default=1, help="that engines are spread over")
@@ -135,15 +131,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--time-budget", type=float, default=560, help="seconds in all")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short workloads")
     arguments = parser.parse_args(argv)
-    providers = arguments.providers.split(",")
-    if not set(providers) <= set(PROVIDERS):
-        parser.error(f"providers are {', '.join(PROVIDERS)}")
-    workloads: tuple[Workload, ...] = TINY_WORKLOADS if arguments.tiny else WORKLOADS
-    if arguments.workloads is not None:
-        chosen = arguments.workloads.split(",")
-        if not set(chosen) <= {w.name for w in workloads}:
-            parser.error(f"workloads are {', '.join(w.name for w in workloads)}")
-        workloads = tuple(w for w in workloads if w.name in chosen)
+    all_ = TINY_WORKLOADS if arguments.tiny else WORKLOADS
+    workloads = [w for w in all_ if w.name in arguments.workloads]
+    if not workloads:
+        parser.error(f"workloads are {', '.join(w.name for w in all_)}")
 
     import torch
 
@@ -170,14 +161,13 @@ def main(argv: list[str] | None = None) -> int:
                 environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
             log = arguments.out / f"{out.stem}-{provider}{f'-{number}' if number else ''}.log"
             options = engine_arguments(arguments.model, place / "model", arguments.tiny)
-            paths = paths_of(place / "site")
-            return Remote(provider, options, environment, paths, log, deadline)
+            return Remote(provider, options, environment, log, deadline)
 
         deadline = begin + arguments.time_budget
         groups = [
-            (number, providers[i : i + arguments.together])
+            (number, arguments.providers[i : i + arguments.together])
             for number in range(arguments.starts)
-            for i in range(0, len(providers), arguments.together)
+            for i in range(0, len(arguments.providers), arguments.together)
         ]
         longest = 0.0
         for i, (number, names) in enumerate(groups):

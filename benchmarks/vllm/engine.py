@@ -34,11 +34,11 @@ class Workload:
 _engine: Engine  # of this process
 
 
-def begin(environment: dict[str, str], paths: list[str], log: Path) -> None:
-    """Prepare this process; its output goes to ``log``. paths: where gatefuse and its entry points
-    are found. A spawned process takes over its parent's ``sys.path``, whatever PYTHONPATH says."""
+def begin(environment: dict[str, str], log: Path) -> None:
+    """Prepare this process; its output goes to ``log``. A spawned process takes over its parent's
+    ``sys.path``, whatever PYTHONPATH says."""
     os.environ.update(environment)
-    sys.path[:0] = paths
+    sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -109,15 +109,16 @@ class Engine:
         kernel_us: sum over kernels; busy_us: time in which any kernel runs (kernels of two streams
         overlap); span_us: from the first kernel to the last; all per step.
         """
+        import torch
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         activity = getattr(ProfilerActivity, self.device.upper())
+        synchronise = getattr(torch, self.device).synchronize
         warm = WARM_STEPS if workload.is_decode else 0
         # Prompts are taken in over several steps; the last tokens only close the requests.
-        prompts, params = self._requests(
-            workload, warm + PROFILED_STEPS + 4 if workload.is_decode else 1
-        )
+        new = warm + PROFILED_STEPS + 4 if workload.is_decode else 1
+        prompts, params = self._requests(workload, new)
         engine = self.llm.llm_engine
         for i, prompt in enumerate(prompts):
             engine.add_request(f"profile-{i}", prompt, params)
@@ -133,14 +134,14 @@ class Engine:
         try:
             while steps < warm:
                 engine.step()
-            self._synchronise()
+            synchronise()
             begun = steps
             with profile(activities=[activity]) as run:
                 while engine.has_unfinished_requests() and (
                     not workload.is_decode or steps < begun + PROFILED_STEPS
                 ):
                     engine.step()
-                self._synchronise()
+                synchronise()
             profiled = steps - begun
             while engine.has_unfinished_requests():
                 engine.step()
@@ -154,28 +155,20 @@ class Engine:
         ]
         return summary(events, profiled)
 
-    def _synchronise(self) -> None:
-        import torch
-
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
 
 def summary(events: list[tuple[str, int, int]], steps: int) -> dict[str, Any]:
     """Of ``(name, start, duration)`` in ns, over ``steps`` steps. Copies are no kernels."""
     kernels = [event for event in events if not event[0].startswith(("Memcpy", "Memset"))]
     kernels.sort(key=lambda event: event[1])
-    busy, end, last = 0, 0, 0
-    count: Counter[str] = Counter()
-    total: Counter[str] = Counter()
+    busy = end = 0
+    count, total = Counter[str](), Counter[str]()
     for name, start, duration in kernels:
-        last = max(last, start + duration)
         busy += max(0, start + duration - max(start, end))
         end = max(end, start + duration)
         count[name] += 1
         total[name] += duration
     per_step = 1e-3 / max(steps, 1)
-    span = last - kernels[0][1] if kernels else 0
+    span = end - kernels[0][1] if kernels else 0
     return {
         "steps": steps,
         "kernels": round(len(kernels) / max(steps, 1), 2),

@@ -23,28 +23,25 @@ MIN_ROUNDS = 5
 PROFILE_S = 30.0  # kept free for the profiles of a group
 GRACE_S = 20.0  # how long after the deadline an engine is waited for
 
-FAILED = object()  # in place of an answer
-
 
 class EngineError(Exception):
     """An engine failed, died, or did not answer in time."""
 
 
 class Remote:
-    """An engine in another process, which starts with ``environment`` and ``paths``."""
+    """An engine in another process, which starts with ``environment``."""
 
     def __init__(
         self,
         provider: str,
         arguments: dict[str, Any],
         environment: dict[str, str],
-        paths: list[str],
         log: Path,
         deadline: float,
     ) -> None:
         self.provider, self.log, self.deadline = provider, log, deadline
         context = multiprocessing.get_context("spawn")
-        initial = (environment, paths, log)
+        initial = (environment, log)
         self._pool = ProcessPool(1, initializer=engine.begin, initargs=initial, context=context)
         self._answer = self._schedule(engine.start, provider, arguments)
 
@@ -91,23 +88,18 @@ def refusal(provider: str, start: dict[str, Any]) -> str | None:
 
 class Group:
     """Engines that are up at the same time and take turns, or with ``at_once`` work at the same
-    time; one that fails is left out from then on.
-
-    Their results go to ``content``.
-    """
+    time; one that fails is left out from then on. Their results go to ``content``."""
 
     def __init__(
         self, engines: Sequence[Remote], content: dict[str, Any], *, at_once: bool = False
     ) -> None:
-        self.engines = list(engines)
-        self.content = content
-        self.at_once = at_once
+        self.engines, self.content, self.at_once = list(engines), content, at_once
         self.rows: dict[tuple[str, Workload], dict[str, Any]] = {}
 
     def wait(self, workloads: Sequence[Workload], start_number: int) -> None:
         """Until all have started; ``start_number`` counts the starts of each."""
         for remote in list(self.engines):
-            if (start := self._answer(remote)) is FAILED:
+            if (start := self._answer(remote)) is None:
                 continue
             start |= {"lines": remote.lines()}
             print(f"{remote.provider}: {json.dumps(start)}", flush=True)
@@ -153,7 +145,7 @@ class Group:
                 for remote in turn:
                     remote.ask(method, workload)
                 for remote in turn:
-                    if (answer := self._answer(remote)) is not FAILED:
+                    if (answer := self._answer(remote)) is not None:
                         yield (remote.provider, workload), answer
 
     def _answer(self, remote: Remote) -> Any:
@@ -161,7 +153,7 @@ class Group:
             return remote.answer()
         except EngineError as error:
             self._drop(remote, str(error))
-            return FAILED
+            return None
 
     def _drop(self, remote: Remote, error: str) -> None:
         self._note(error)

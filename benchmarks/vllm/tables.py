@@ -8,8 +8,6 @@ import pandas as pd
 
 from benchmarks.tables import markdown, number
 
-__all__ = ["everything", "tables", "title"]
-
 BASE, FUSED = "vllm", "plugin"
 HEADINGS = {
     "new_tokens_per_s": "Output tokens per second",

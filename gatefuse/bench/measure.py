@@ -234,10 +234,8 @@ def compile_case(
     torch.manual_seed(zlib.crc32(repr(case).encode()))
     dtype, runs = getattr(torch, case.dtype), []
     hints = {w: make_set(w, case.H, rows, dtype, case.device) for w in case.workloads}
-    with (
-        uncached_compiles(),
-        fresh_cache(),
-    ):  # shared by the first compiles: equal kernels are tuned once
+    # The first compiles share a cache: equal kernels are tuned once.
+    with uncached_compiles(), fresh_cache():
         for provider in case.providers():
             with fresh_cache() if provider.draw else contextlib.nullcontext():
                 runs.append(compile_one(provider, hints[provider.workload]))

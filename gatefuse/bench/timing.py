@@ -34,8 +34,10 @@ def columns(samples_us: list[float], calls: int) -> dict[str, Any]:
     several = samples_us if len(samples_us) > 1 else samples_us * 2
     p10, *_, p90 = statistics.quantiles(several, n=10, method="inclusive")
     times = {"median_us": statistics.median(samples_us), "p10_us": p10, "p90_us": p90}
-    shown = {name: round(us, 4) for name, us in times.items()}
-    return {**shown, "repeats": len(samples_us), "calls": calls}
+    return {name: round(us, 4) for name, us in times.items()} | {
+        "repeats": len(samples_us),
+        "calls": calls,
+    }
 
 
 @functools.cache
@@ -96,10 +98,14 @@ def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Ke
     flush = torch.zeros(COLD_FACTOR * cache_bytes(device) // 4, device=device)
     shuffled = random.Random(0)
     order = list(replays)
-
-    def sample_all(round_: int) -> None:
+    for done in range(-2, rounds):  # the first two upload the graphs and bring the clocks up
+        if done == 0:
+            samples = {key: [] for key in replays}
+            begin = time.monotonic()
+        elif done >= LEAST_ROUNDS and time.monotonic() - begin > ENOUGH_S:
+            break
         # Every second round reverses the one before: of two providers each is first as often.
-        if round_ % 2:
+        if done % 2:
             order.reverse()
         else:
             shuffled.shuffle(order)
@@ -116,22 +122,11 @@ def interleaved(replays: dict[Key, Replay], rounds: int, device: str) -> dict[Ke
                 events.append((key, start, end))
             else:
                 flush.sum()
-                begin = time.perf_counter()
+                called = time.perf_counter()
                 replay.run()
-                samples[key].append((time.perf_counter() - begin) * 1e6 / replay.calls)
+                samples[key].append((time.perf_counter() - called) * 1e6 / replay.calls)
         if device == "cuda":
             torch.cuda.synchronize()
         for key, start, end in events:
             samples[key].append(start.elapsed_time(end) * 1e3 / replays[key].calls)
-
-    # Two rounds upload the graphs and bring the clocks up; they are thrown away.
-    for round_ in range(2):
-        sample_all(round_)
-    for values in samples.values():
-        values.clear()
-    begin = time.monotonic()
-    for done in range(rounds):
-        if done >= LEAST_ROUNDS and time.monotonic() - begin > ENOUGH_S:
-            break
-        sample_all(done)
     return {key: columns(samples[key], replays[key].calls) for key in replays}

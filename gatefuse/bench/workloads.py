@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import gatefuse
 from gatefuse.bench.cases import NO_GATE
 
 EXPERTS = 64  # rows of the router
@@ -51,8 +52,6 @@ class Gate(nn.Module):
 
     def op(self, x: Tensor, v: Tensor, *routed: Tensor) -> tuple[Tensor, ...]:
         """The same through :func:`gatefuse.linear_sigmoid_mul`."""
-        import gatefuse
-
         addend = routed[0] if routed else None
         return (gatefuse.linear_sigmoid_mul(x, self.gate.weight, v, addend=addend),)
 
@@ -113,5 +112,4 @@ def bytes_of(name: str, H: int, N: int, dtype: torch.dtype) -> tuple[int, int]:
 
 def call(module: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
     """What is compiled: one code object for all modules, so that weights can be rotated."""
-    result: tuple[Tensor, ...] = module(*inputs)
-    return result
+    return module(*inputs)

@@ -14,7 +14,6 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,12 +86,6 @@ def _differences(
     return found, problems
 
 
-def _backend() -> Any:
-    """The backend's name, or the backend itself where gatefuse is not installed but only found."""
-    names = torch._dynamo.list_backends(exclude_tags=())
-    return "gatefuse" if "gatefuse" in names else gatefuse_backend
-
-
 def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
     model = build(name, wide=False, device=device, dtype=dtype)
     ids = torch.randint(0, model.config.vocab_size, CHECK_TOKENS, device=device)
@@ -103,20 +96,18 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
     with uncached_compiles():
         inductor = forward(torch.compile(model, fullgraph=True), ids)
     with uncached_compiles(), gatefuse.record() as report:
-        fused = forward(torch.compile(model, backend=_backend(), fullgraph=True), ids)
+        fused = forward(torch.compile(model, backend=gatefuse_backend, fullgraph=True), ids)
 
     differences, problems = _differences(eager, inductor, fused, reference, dtype)
     gates = count_gates(model)
     op_nodes = sum(len(_OP_CALL.findall(g.after or "")) for g in report.graphs)
-    sites = [site for graph in report.graphs for site in graph.sites]
-    rejections = [rejection for graph in report.graphs for rejection in graph.rejections]
     if report.fused != gates:
         problems.insert(0, f"{report.fused} of {gates} gates were fused")
         if settings.disabled_by_environment():
             problems.append("GATEFUSE_DISABLE is set")
         if (reason := compat.unsupported_reason()) is not None:
             problems.append(reason)
-        problems += [f"{r.node} was left alone: {r.reason}" for r in rejections]
+        problems += [f"{r.node} was left alone: {r.reason}" for r in report.rejections]
     if op_nodes != report.fused:
         problems.append(f"{report.fused} sites, but {op_nodes} op nodes in the graph")
     return ModelResult(
@@ -124,23 +115,21 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> ModelResult:
         gates=gates,
         sites=report.fused,
         op_nodes=op_nodes,
-        placements=dict(Counter(site.placement or "unknown" for site in sites)),
-        locations=dict(Counter(site.location or "unknown" for site in sites)),
+        placements=dict(Counter(site.placement or "unknown" for site in report.sites)),
+        locations=dict(Counter(site.location or "unknown" for site in report.sites)),
         differences=differences,
         problems=problems,
     )
 
 
-def _median_ms(
-    calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 50
-) -> list[float]:
+def _median_ms(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     """Median device time of each call in milliseconds, measured in turns."""
     module = torch.get_device_module(device.type)
     for call in calls:
         for _ in range(5):
             call()
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
+    for _ in range(50):
         for call, found in zip(calls, times, strict=True):
             start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
             module.synchronize(device)
@@ -160,7 +149,9 @@ def _time(name: str, device: torch.device, say: Callable[[str], None]) -> list[T
         ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
         torch.compiler.reset()
         inductor = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
-        fused = torch.compile(model, backend=_backend(), mode=mode, fullgraph=True, dynamic=False)
+        fused = torch.compile(
+            model, backend=gatefuse_backend, mode=mode, fullgraph=True, dynamic=False
+        )
         calls = [functools.partial(forward, compiled, ids) for compiled in (inductor, fused)]
         timings.append(Timing(mode, phase, batch * length, *_median_ms(calls, device)))
     return timings
@@ -226,7 +217,7 @@ def run_demo(
     torch.compiler.reset()
     label = str(device)
     if device.type == "cuda":
-        label = f"{device} ({torch.cuda.get_device_name(device)})"
+        label += f" ({torch.cuda.get_device_name(device)})"
     versions = {
         "gatefuse": gatefuse.__version__,
         "torch": str(torch.__version__),

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "build", "count_gates", "forward", "quiet"]
-
 MODELS = ("qwen2_moe", "qwen3_next")
 """The model types that the demo builds."""
 
@@ -109,5 +107,4 @@ def quiet() -> Iterator[None]:
 
 def forward(model: Any, ids: Tensor) -> Tensor:
     """Logits ``[batch, length, vocabulary]`` of token ids ``[batch, length]``."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+    return model(input_ids=ids, use_cache=False).logits

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DemoResult", "Differences", "ModelResult", "Timing"]
-
 
 @dataclass
 class Timing:
@@ -81,7 +79,39 @@ class DemoResult:
         return plain | {"passed": self.passed}
 
     def __str__(self) -> str:
-        return _format(self)
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        lines = [f"{versions}; {self.device}, {self.dtype}", ""]
+        counted, compared, timed = [], [], []
+        for m in self.models:
+            verdict = "FAILED" if m.problems else "ok"
+            counted.append((m.model, m.gates, m.sites, m.op_nodes, _counts(m.placements), verdict))
+            d = m.differences
+            eager = [f"{x:.2e}" for x in (d.inductor_vs_eager, d.gatefuse_vs_eager)]
+            fp64 = [f"{x:.2e}" for x in (d.eager_vs_fp64, d.inductor_vs_fp64, d.gatefuse_vs_fp64)]
+            compared.append((m.model, *eager, f"{d.ratio:.2f}", *fp64))
+            for t in m.timings:
+                ms = (t.inductor_ms, t.gatefuse_ms, t.gatefuse_ms / t.inductor_ms)
+                times = [f"{x:.3f}" for x in ms]
+                timed.append((m.model, t.mode, t.phase, t.tokens, *times))
+        lines += _table(("model", "gates", "sites", "op nodes", "placed", "verdict"), counted)
+        lines += ["", "largest difference of the logits, relative to the largest logit", ""]
+        against = ["Inductor\nvs eager", "gatefuse\nvs eager", "ratio", "eager\nvs fp64"]
+        lines += _table(["model", *against, "Inductor\nvs fp64", "gatefuse\nvs fp64"], compared)
+        if any(m.locations for m in self.models):
+            lines += ["", "where the gates are"]
+        for m in self.models:
+            lines += [f"  {m.model}: {n} x {where}" for where, n in sorted(m.locations.items())]
+        if timed:
+            lines += ["", "median time of a forward pass of a wider model, bfloat16, ms", ""]
+            heads = ("model", "mode", "phase", "tokens", "Inductor", "gatefuse", "ratio")
+            lines += _table(heads, timed)
+        lines.append("")
+        for m in self.models:
+            lines += [f"{m.model}: {problem}" for problem in m.problems]
+        good = (
+            "Every gate is fused and every result is as near to the float64 reference as eager's."
+        )
+        return "\n".join([*lines, good if self.passed else "FAILED"])
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -103,37 +133,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {what}" for what, n in sorted(counts.items())) or "none"
-
-
-def _format(result: DemoResult) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    lines = [f"{versions}; {result.device}, {result.dtype}", ""]
-    counted, compared, timed = [], [], []
-    for m in result.models:
-        verdict = "FAILED" if m.problems else "ok"
-        counted.append((m.model, m.gates, m.sites, m.op_nodes, _counts(m.placements), verdict))
-        d = m.differences
-        eager = [f"{x:.2e}" for x in (d.inductor_vs_eager, d.gatefuse_vs_eager)]
-        fp64 = [f"{x:.2e}" for x in (d.eager_vs_fp64, d.inductor_vs_fp64, d.gatefuse_vs_fp64)]
-        compared.append((m.model, *eager, f"{d.ratio:.2f}", *fp64))
-        for t in m.timings:
-            ms = (t.inductor_ms, t.gatefuse_ms, t.gatefuse_ms / t.inductor_ms)
-            times = [f"{x:.3f}" for x in ms]
-            timed.append((m.model, t.mode, t.phase, t.tokens, *times))
-    lines += _table(("model", "gates", "sites", "op nodes", "placed", "verdict"), counted)
-    lines += ["", "largest difference of the logits, relative to the largest logit", ""]
-    against = ["Inductor\nvs eager", "gatefuse\nvs eager", "ratio", "eager\nvs fp64"]
-    lines += _table(["model", *against, "Inductor\nvs fp64", "gatefuse\nvs fp64"], compared)
-    if any(m.locations for m in result.models):
-        lines += ["", "where the gates are"]
-    for m in result.models:
-        lines += [f"  {m.model}: {n} x {where}" for where, n in sorted(m.locations.items())]
-    if timed:
-        lines += ["", "median time of a forward pass of a wider model, bfloat16, ms", ""]
-        heads = ("model", "mode", "phase", "tokens", "Inductor", "gatefuse", "ratio")
-        lines += _table(heads, timed)
-    lines.append("")
-    for m in result.models:
-        lines += [f"{m.model}: {problem}" for problem in m.problems]
-    good = "Every gate is fused and every result is as near to the float64 reference as eager's."
-    return "\n".join([*lines, good if result.passed else "FAILED"])

@@ -14,7 +14,6 @@ from tests.benchmarks.extra import need
 
 need()
 
-from benchmarks.store import ROOT
 from benchmarks.vllm import __main__ as vllm_benchmark
 from benchmarks.vllm.engine import Workload
 from benchmarks.vllm.group import EngineError, Group, Remote, refusal
@@ -77,12 +76,11 @@ def test_a_spawned_engine_finds_the_plugin_or_is_refused(
     vllm_benchmark.write_entry_points(tmp_path / "site")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "fake"), *sys.path])
     content: dict[str, Any] = {"engines": {}, "errors": [], "rows": []}
-    site = str(tmp_path / "site") if found else str(tmp_path / "nowhere")
+    site = tmp_path / ("site" if found else "nowhere")
     engine = Remote(
         "plugin",
         {},
-        vllm_benchmark.environment_of("plugin", tmp_path / "site"),
-        [site, str(ROOT)],
+        vllm_benchmark.environment_of("plugin", site),
         tmp_path / "log",
         time.monotonic() + 200,
     )
