@@ -162,7 +162,10 @@ def _run_compiled(loaded: Loaded, run: Any, module: Any) -> Outcome:
                 _mark(tensors[name], loaded.tensors(case.sizes[0])[name], other[name])
         with torch.no_grad():
             for name in case.state:
-                getattr(module, name).copy_(tensors[name])
+                state = getattr(module, name)
+                if state.grad_fn is not None:  # written by the program, in an earlier call
+                    state.detach_()
+                state.copy_(tensors[name])
         _call(outcome, loaded, call, run, tensors, module)
     outcome.generator = _generator_state(loaded.device)
     return outcome

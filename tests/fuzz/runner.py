@@ -19,8 +19,9 @@ from tests.fuzz.programs import Case, Loaded
 
 __all__ = ["LEAST_FUSED", "Result", "failure", "run_case", "run_cases"]
 
-LEAST_FUSED = 0.3
-"""The share of cases with a fused gate below which a run proves nothing."""
+LEAST_FUSED = 0.15
+"""The share of cases with a fused gate below which a run proves nothing. In half of the cases
+numbers are drawn, and gates are left alone where that happens more than once."""
 
 _CHUNK = 8
 
