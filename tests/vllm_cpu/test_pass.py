@@ -14,6 +14,7 @@ import gatefuse
 from gatefuse import Options
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.integrations import vllm as integration
+from gatefuse.integrations.vllm import passes
 
 pytest.importorskip("vllm")
 from vllm.compilation.passes.inductor_pass import InductorPass, pass_context
@@ -58,10 +59,10 @@ def test_by_name() -> None:
     """As the command line gives it: the pass, with which the plugin goes on, and no second one."""
     config = named()
     assert isinstance(config.inductor_compile_config[HOOK], integration.VllmGateFusionPass)
-    added = integration.add_pass(config)
+    added = passes.add_pass(config)
     assert type(added) is integration.VllmGateFusionPass
     assert added.before == ()
-    assert integration.add_pass(config) is added is integration.pass_of(config)
+    assert passes.add_pass(config) is added is passes.pass_of(config)
 
 
 @pytest.mark.parametrize(
@@ -73,13 +74,13 @@ def test_options_that_come_with_the_pass_are_kept(given: Any) -> None:
     options = Options(placement="inline", eager_rounding=True, expect=2)
     config = CompilationConfig(mode=3)
     config.inductor_compile_config[HOOK] = given(options)
-    assert integration.add_pass(config).options == options
+    assert passes.add_pass(config).options == options
 
 
 def test_another_pass_stays_in_front() -> None:
     own = OwnPass()
     config = with_pass(own)
-    added = integration.add_pass(config)
+    added = passes.add_pass(config)
     assert added.before == (own,)
     OwnPass.seen.clear()
     g = graph()
@@ -105,7 +106,7 @@ def test_uuid() -> None:
 def test_compile_hash_of_the_engine_changes() -> None:
     config = VllmConfig(compilation_config=CompilationConfig(mode=3))
     before = config.compute_hash()
-    added = integration.add_pass(config.compilation_config)
+    added = passes.add_pass(config.compilation_config)
     with_it = config.compute_hash()
     added.hoisted.append("model.layers.0.mlp.experts")
     assert len({before, with_it, config.compute_hash()}) == 3
@@ -136,7 +137,7 @@ def test_in_vllms_pass_manager() -> None:
     manager = PostGradPassManager()
     with set_current_vllm_config(config):
         manager.configure(config)
-    manager.add(integration.add_pass(config.compilation_config))
+    manager.add(passes.add_pass(config.compilation_config))
     matches = VllmPatternMatcherPass.match_table["gatefuse"]
     g = graph()
     with pass_context(Range(1, 8)):
