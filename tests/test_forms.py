@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import gatefuse
 from tests.support.comparison import compile_and_compare, run_form
 from tests.support.cuda_rewrites import pad_products
 from tests.support.form_table import FORMS, Form
@@ -58,6 +59,24 @@ def test_padded_product_that_is_saved_for_the_backward() -> None:
     result.check()
     assert result.report.fused == 0
     assert "needed elsewhere" in result.report.rejections[0].reason
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["2d", "flat"])
+def test_strides_of_a_logit_that_is_returned(flat: bool) -> None:
+    """A column of a wider product keeps its strides, which the op's logit does not have."""
+
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        logit = (F.pad(x, (0, 8)) @ F.pad(w.t(), (0, 7, 0, 8)))[:, :1]
+        return torch.sigmoid(logit) * v, logit.reshape(-1) if flat else logit
+
+    args = Form("", FORMS[0].fn, lead=(7,)).inputs()[:3]
+    with torch.no_grad(), gatefuse.fusing() as report:
+        fused = torch.compile(fn)(*args)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        plain = torch.compile(fn)(*args)
+    assert [t.stride() for t in fused] == [t.stride() for t in plain]
+    assert [("strides" in r.reason) for r in report.rejections] == [True]
 
 
 def test_table_ids_are_unique() -> None:

@@ -167,7 +167,7 @@ class Rewriter:
             assert shape_op is not None
             if shape_op[0] is not aten.alias.default:
                 logit = call(shape_op[0], logit, *shape_op[1])
-            _check_same(logit.meta["val"], site.logit.meta["val"], strides=False)
+            _check_same(logit.meta["val"], site.logit.meta["val"])
         else:
             result = op = call(torch.ops.gatefuse.linear_sigmoid_mul.default, *operands)
         if given != wanted:
@@ -193,11 +193,8 @@ class DifferentResult(Exception):
     """The op's result cannot be shown to look like what it would replace."""
 
 
-def _check_same(new: torch.Tensor, old: torch.Tensor, strides: bool = True) -> None:
-    """Raise unless dtype, shape and (where a size is not 1) strides of the two are equal.
-
-    Strides of a logit do not count: those of a padded product are Inductor's own doing.
-    """
+def _check_same(new: torch.Tensor, old: torch.Tensor) -> None:
+    """Raise unless dtype, shape and (where a size is not 1) strides of the two are equal."""
     if new.dtype != old.dtype:
         raise DifferentResult(f"the op would return {new.dtype}, not {old.dtype}")
     if not same_shape(new.shape, old.shape):
@@ -205,7 +202,7 @@ def _check_same(new: torch.Tensor, old: torch.Tensor, strides: bool = True) -> N
             f"shape {tuple(new.shape)} of the op's result cannot be shown to be {tuple(old.shape)}"
         )
     for size, a, b in zip(new.shape, new.stride(), old.stride()):
-        if strides and not known(size == 1) and not known(a == b):
+        if not known(size == 1) and not known(a == b):
             raise DifferentResult(
                 f"strides {new.stride()} of the op's result cannot be shown to be {old.stride()}"
             )
