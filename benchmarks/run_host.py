@@ -31,7 +31,7 @@ from torch._inductor.utils import fresh_cache
 import gatefuse
 from benchmarks.grid import DTYPE, Provider
 from benchmarks.sweep import Row, Run
-from gatefuse import report
+from gatefuse import recording
 from gatefuse.bench.cases import providers_of
 from gatefuse.bench.measure import checker, compile_provider, function_of, fusion_facts
 from gatefuse.bench.timing import columns
@@ -168,7 +168,7 @@ def timed_pass() -> Iterator[list[float]]:
 
     with (
         mock.patch.object(GateFusionPass, "__call__", timed),
-        mock.patch.object(report, "readable", return_value=None),
+        mock.patch.object(recording, "readable", return_value=None),
     ):
         yield spent
 

@@ -13,7 +13,8 @@ from gatefuse.settings import Options
 
 if TYPE_CHECKING:
     from gatefuse.backend import disable, enable, explain, fusing, options
-    from gatefuse.report import FusionError, Report, record
+    from gatefuse.recording import record
+    from gatefuse.report import FusionError, Report
 
 __version__ = "0.2.0"
 
@@ -44,7 +45,7 @@ _LAZY = {
     "explain": "gatefuse.backend",
     "fusing": "gatefuse.backend",
     "options": "gatefuse.backend",
-    "record": "gatefuse.report",
+    "record": "gatefuse.recording",
 }
 
 

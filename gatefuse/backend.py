@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch._inductor import config
 
-from gatefuse import compat, report
+from gatefuse import compat
 from gatefuse.inductor import hooks
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.hooks import POST_HOOK, PRE_HOOK
+from gatefuse.model_gates import GateCounter
+from gatefuse.recording import record
+from gatefuse.report import FusionError, Report
 from gatefuse.settings import disabled_by_environment, merge, resolve
 
 __all__ = ["disable", "enable", "explain", "fusing", "gatefuse_backend", "options"]
@@ -94,7 +97,7 @@ def disable() -> None:
 
 
 @contextlib.contextmanager
-def fusing(**gatefuse_options: Any) -> Iterator[report.Report]:
+def fusing(**gatefuse_options: Any) -> Iterator[Report]:
     """Enable the pass inside a block; yields the report of what is compiled in it.
 
     ``expect=n`` raises :class:`gatefuse.FusionError` at the end of the block if the graphs compiled
@@ -112,7 +115,7 @@ def fusing(**gatefuse_options: Any) -> Iterator[report.Report]:
             POST_HOOK: hooks.append_pass(before[POST_HOOK], new),
             PRE_HOOK: hooks.remove_pass(before[PRE_HOOK]),
         }
-    with report.record() as result:
+    with record() as result:
         for hook, value in during.items():
             setattr(config, hook, value)
         try:
@@ -122,7 +125,7 @@ def fusing(**gatefuse_options: Any) -> Iterator[report.Report]:
             for hook in before:
                 setattr(config, hook, _after_block(hook, new, before[hook], during[hook]))
     if result.fused < expect and not disabled_by_environment():
-        raise report.FusionError(
+        raise FusionError(
             f"gatefuse: expected at least {expect} fused gates, fused {result.fused}.\n{result}"
         )
 
@@ -167,7 +170,7 @@ def gatefuse_backend(
     try:
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     except InductorError as e:
-        if isinstance(e.inner_exception, report.FusionError):
+        if isinstance(e.inner_exception, FusionError):
             raise e.inner_exception from None
         raise
     return compiled
@@ -184,7 +187,7 @@ def _reset() -> None:
 gatefuse_backend.reset = _reset  # type: ignore[attr-defined]
 
 
-def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> report.Report:
+def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     """Compile ``model`` with gatefuse, call it once with the arguments, and tell what was fused.
 
     The call is a real one, on whatever device the model is, in the grad mode of the caller; if its
@@ -202,10 +205,13 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> report.R
 
     # A backend of its own, so that Dynamo compiles every frame anew.
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        counter.see(gm)
         return gatefuse_backend(gm, example_inputs)
 
+    counter = GateCounter(model)
+
     with (
-        report.record() as result,
+        record() as result,
         config.patch(force_disable_caches=True),
         torch._dynamo.config.patch(recompile_limit=64),
     ):
@@ -228,6 +234,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> report.R
             except RuntimeError as e:
                 if "backward through the graph a second time" not in str(e):
                     raise  # else the call itself went backward
+    result.model = counter.result(result.sites)
     return result
 
 

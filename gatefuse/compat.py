@@ -5,8 +5,10 @@ The only module that looks at a version. Everything else asks here.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -20,6 +22,8 @@ __all__ = [
     "drops_rounding_casts",
     "graph_phase",
     "inductor_options",
+    "switched_off",
+    "trace_artifact",
     "unsupported_reason",
     "warn_unsupported",
 ]
@@ -27,6 +31,7 @@ __all__ = [
 TESTED_TORCH = ((2, 11), (2, 15))
 """First and last minor version of PyTorch that the test suite has passed on."""
 
+log = logging.getLogger("gatefuse")
 _warned: set[str] = set()
 
 
@@ -59,6 +64,28 @@ def warn_unsupported(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"gatefuse: models compile unfused. {reason}.", stacklevel=3)
+
+
+def switched_off() -> str | None:
+    """What keeps ``torch.compile`` from compiling anything in this process, or None."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return None
+    if dynamo.config.disable:
+        return "TORCH_COMPILE_DISABLE, or torch._dynamo.config.disable, is set"
+    if getattr(getattr(dynamo.eval_frame, "_stance", None), "stance", "") == "force_eager":
+        return 'torch.compiler.set_stance("force_eager") is in force'
+    return None
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a text to PyTorch's structured trace (``TORCH_TRACE``), where there is one."""
+    try:
+        from torch._logging import trace_structured
+
+        trace_structured("artifact", lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+    except Exception:
+        log.debug("gatefuse: nothing was added to the structured trace", exc_info=True)
 
 
 def drops_rounding_casts(device_type: str) -> bool:

@@ -16,7 +16,7 @@ from torch._inductor import pattern_matcher
 from torch.fx import Graph
 
 import gatefuse
-from gatefuse import report as report_module
+from gatefuse import recording
 from gatefuse.inductor import cost_model, fusion_pass, node_order, rewriter
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from tests.support.comparison import compile_and_compare
@@ -142,7 +142,7 @@ def test_a_dump_that_cannot_be_written_breaks_nothing(
 def test_no_text_is_made_of_graphs_that_nobody_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would take most of the pass's time."""
     shown = []
-    monkeypatch.setattr(report_module, "readable", lambda graph, name: shown.append(name))
+    monkeypatch.setattr(recording, "readable", lambda graph, name: shown.append(name))
     GateFusionPass()(post_grad_graph(linear, make_inputs(linear)))
     assert shown == []
     with gatefuse.record():

@@ -20,10 +20,13 @@ from typing import Any
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule, Node
 
-from gatefuse import compat, report, settings
-from gatefuse.inductor.match_gate import Site, find_sites
+from gatefuse import compat, recording, settings, stored
+from gatefuse.inductor.match_gate import Rejection, Site, find_sites
 from gatefuse.inductor.match_linear import LOGIT_IS_INPUT
 from gatefuse.inductor.rewriter import META_KEY, DifferentResult, Rewriter
+from gatefuse.origin import layer_of, origin_of
+from gatefuse.records import GraphReport, RejectionReport, SiteReport
+from gatefuse.report import FusionError, Report
 from gatefuse.settings import Options
 
 __all__ = ["GateFusionPass", "sources_hash"]
@@ -72,6 +75,7 @@ class GateFusionPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """Identifies sources and options, for Inductor's cache key."""
+        recording.watch_for_dumps()
         off = settings.disabled_by_environment() or compat.unsupported_reason() is not None
         return f"gatefuse {_id_of_sources()} {self.options!r} off={off}"
 
@@ -91,7 +95,7 @@ class GateFusionPass(CustomGraphPass):
         except Exception as e:
             compat.warn_unsupported(f"Inductor looks different here: {type(e).__name__}: {e}")
             return
-        entry = report.GraphReport(f"graph_{next(_graph_numbers)}_{phase}", phase)
+        entry = GraphReport(f"graph_{next(_graph_numbers)}_{phase}", phase)
         try:
             found, rejections = find_sites(graph)
         except Exception as e:  # a graph nobody foresaw compiles unfused
@@ -101,24 +105,26 @@ class GateFusionPass(CustomGraphPass):
         if phase == "backward":
             # A gate's derivative has its sigmoid, of a logit that the forward has kept.
             rejections = [r for r in rejections if r.reason != LOGIT_IS_INPUT]
-        entry.rejections = [_rejection_report(r.node, r.reason) for r in rejections]
+        entry.rejections = [_rejection_report(r) for r in rejections]
         sites = []
         for site in found:
             reason = cost_model.reason_not_to_fuse(site, self.options)
             if reason is None:
                 sites.append(site)
             else:
-                entry.rejections.append(_rejection_report(site.sigmoid, reason))
+                entry.rejections.append(_rejection_report(Rejection(site.sigmoid, reason)))
         dump = settings.dump_directory()
-        wanted = dump is not None or report.recording() or report.graphs_wanted()
+        wanted = dump is not None or recording.recording() or recording.graphs_wanted()
         keep_text = bool(sites) and wanted
         if keep_text:
-            entry.before = report.readable(graph, f"gatefuse before {entry.name}")
+            entry.before = recording.readable(graph, f"gatefuse before {entry.name}")
         self._rewrite(graph, sites, entry)
         entry.fused = len(entry.sites)
+        if entry.sites or entry.rejections:
+            entry.id = stored.identify(entry, graph)
         if keep_text:
-            entry.after = report.readable(graph, f"gatefuse after {entry.name}")
-        report.add_graph(entry)
+            entry.after = recording.readable(graph, f"gatefuse after {entry.name}")
+        recording.add_graph(entry)
         log.info(
             "gatefuse: %s: %d fused, %d left alone",
             entry.name,
@@ -126,19 +132,16 @@ class GateFusionPass(CustomGraphPass):
             len(entry.rejections),
         )
         if dump is not None:
-            try:
-                report.dump(entry, dump)
-            except OSError as e:
-                log.warning("gatefuse: GATEFUSE_DUMP: %s", e)
+            recording.dump(entry, dump)
         if phase in ("inference", "forward") and self.options.expect > 0:
             fused = entry.fused + _fused_in_subgraphs(graph)
             if fused < self.options.expect:
-                raise report.FusionError(
+                raise FusionError(
                     f"gatefuse: expected at least {self.options.expect} fused gates in the graph, "
-                    f"fused {fused}.\n{report.Report([entry])}"
+                    f"fused {fused}.\n{Report([entry])}"
                 )
 
-    def _rewrite(self, graph: Graph, sites: list[Site], entry: report.GraphReport) -> None:
+    def _rewrite(self, graph: Graph, sites: list[Site], entry: GraphReport) -> None:
         """Replace the sites and note them in ``entry``; the graph stays as it was on an error."""
         rewriter = Rewriter(graph, self.options)
         for site in sites:
@@ -157,7 +160,7 @@ class GateFusionPass(CustomGraphPass):
                 else:
                     log.warning("gatefuse: a site is left as it is", exc_info=True)
                     reason = f"could not be rewritten: {type(e).__name__}: {e}"
-                entry.rejections.append(_rejection_report(site.sigmoid, reason))
+                entry.rejections.append(_rejection_report(Rejection(site.sigmoid, reason)))
                 continue
             entry.sites.append(_site_report(site, new, key))
         try:
@@ -180,15 +183,22 @@ def _fused_in_subgraphs(graph: Graph) -> int:
     return fused
 
 
-def _rejection_report(sigmoid: Node, reason: str) -> report.RejectionReport:
-    return report.RejectionReport(sigmoid.name, report.location_of(sigmoid), reason)
+def _rejection_report(rejection: Rejection) -> RejectionReport:
+    node, origin = rejection.node, origin_of(rejection.node)
+    return RejectionReport(
+        node.name, origin.location, rejection.reason, rejection.kind, origin.line, origin.layer
+    )
 
 
-def _site_report(site: Site, new: Node, key: str) -> report.SiteReport:
+def _site_report(site: Site, new: Node, key: str) -> SiteReport:
     x, v = site.input.meta["val"], site.value.meta["val"]
-    return report.SiteReport(
+    origin = origin_of(site.sigmoid, site.mul)
+    return SiteReport(
         node=new.name,
-        location=report.location_of(site.sigmoid) or report.location_of(site.mul),
+        location=origin.location,
+        line=origin.line,
+        layer=origin.layer,
+        linear=next(filter(None, map(layer_of, (site.logit, *site.chain))), origin.layer),
         rows=str(math.prod(x.shape[:-1])),
         H=str(x.shape[-1]),
         D=str(v.shape[-1]),

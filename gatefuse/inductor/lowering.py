@@ -24,7 +24,7 @@ from torch._inductor.lowering import (
 from torch._inductor.lowering import to_dtype as lower_to_dtype
 from torch._inductor.virtualized import V, ops
 
-from gatefuse import compat, report
+from gatefuse import compat, recording
 from gatefuse.inductor import choices
 from gatefuse.inductor.cost_model import choose_placement
 from gatefuse.inductor.kernel_call import kernel_problem, lower_kernel
@@ -98,7 +98,7 @@ def _place(operands: Operands, logit_dtype: torch.dtype | None) -> tuple[Any, An
         choices.install()
         result = _lower_inline(operands, logit_dtype, meta["roundings"] if rounding else None)
     if "key" in meta:
-        report.note_placement(meta["key"], placement, reason)
+        recording.note_placement(meta["key"], placement, reason)
     return result
 
 

@@ -31,9 +31,10 @@ from gatefuse.inductor.fx_utils import (
 )
 from gatefuse.inductor.match_linear import Linear, match_logit
 from gatefuse.inductor.match_sigmoid import Sigmoid, find_sigmoids
-from gatefuse.inductor.near_misses import near_misses
+from gatefuse.inductor.near_misses import near_misses, scales_rows_in_part
 from gatefuse.inductor.node_order import KeptLogits, Order
 from gatefuse.operands import result_dtype
+from gatefuse.records import Kind
 
 __all__ = ["Rejection", "Site", "find_sites", "logit_shape_op", "site_dtype"]
 
@@ -72,10 +73,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A sigmoid that stays as it is, and why."""
+    """A sigmoid that stays as it is, why, and how near to a gate it is."""
 
     node: Node
     reason: str
+    kind: Kind = "gate"
 
 
 class _Product(NamedTuple):
@@ -362,6 +364,16 @@ def site_dtype(site: Site) -> torch.dtype:
     return result_dtype(*(tensor_of(n, "an operand").dtype for n in operands if n is not None))
 
 
+def _kind(sigmoid: Sigmoid) -> Kind:
+    """How near to a gate a rejected sigmoid is: what it has of linear and product."""
+    try:
+        linear = match_logit(sigmoid) is not None
+    except NoMatch:
+        linear = False
+    product = bool(_match_products(sigmoid.gate)[0]) or scales_rows_in_part(sigmoid.gate)
+    return "gate" if linear and product else "near miss" if linear or product else "other"
+
+
 def find_sites(graph: Graph) -> tuple[list[Site], list[Rejection]]:
     """The gates of a functional ATen graph whose nodes carry ``meta["val"]``, in graph order.
 
@@ -379,7 +391,7 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Rejection]]:
             if site.mul in taken or any(n in taken for n in site.chain):
                 raise NoMatch("the product is part of another site")
         except NoMatch as e:
-            rejections.append(Rejection(sigmoid.gate, str(e)))
+            rejections.append(Rejection(sigmoid.gate, str(e), _kind(sigmoid)))
             continue
         except Exception as e:  # a node nobody foresaw leaves the other gates alone
             log.warning("gatefuse: %s cannot be read", sigmoid.gate, exc_info=True)
@@ -390,5 +402,5 @@ def find_sites(graph: Graph) -> tuple[list[Site], list[Rejection]]:
         if site.keeps_logit:
             operands = (site.input, site.weight, site.bias, site.value, site.addend)
             kept.add(site.logit, site.anchor, [n for n in operands if n is not None])
-    rejections += [Rejection(node, reason) for node, reason in near_misses(graph, taken)]
+    rejections += [Rejection(n, reason, "near miss") for n, reason in near_misses(graph, taken)]
     return sites, rejections

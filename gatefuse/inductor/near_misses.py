@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator, Set
 
 import torch
@@ -11,11 +12,15 @@ from torch.fx import Graph, Node
 from gatefuse.inductor.fx_utils import described, known, same_shape, val_of
 from gatefuse.inductor.match_linear import PACKED
 
-__all__ = ["near_misses"]
+__all__ = ["near_misses", "scales_rows_in_part"]
 
 aten = torch.ops.aten
 
 _LINEARS = (aten.mm.default, aten.addmm.default, aten.mv.default, aten.bmm.default)
+_PARTS = (
+    *(aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.view.default),
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, operator.getitem),
+)
 _FARTHEST = 12
 """Nodes between linear and multiply; a two-class softmax takes eight."""
 
@@ -77,6 +82,18 @@ def _scales_rows(gate: Node, product: Node) -> bool:
         and isinstance(out.shape[-1], int)
         and out.shape[-1] > 2
     )
+
+
+def scales_rows_in_part(sigmoid: Node) -> bool:
+    """Whether one column of a sigmoid scales rows, as one of several gates in one linear does."""
+    queue = [sigmoid]
+    for node in queue:
+        for user in node.users:
+            if user.target in _PARTS:
+                queue.append(user)
+            elif node is not sigmoid and _scales_rows(node, user):
+                return True
+    return False
 
 
 def _per_row(node: Node, source: torch.Tensor, out: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 import gatefuse
-from gatefuse import compat, report
+from gatefuse import compat, recording
 from gatefuse.inductor import fusion_pass, match_gate
 from gatefuse.inductor.rewriter import META_KEY
 
@@ -229,7 +229,7 @@ def replay(entry: Entry) -> Outcome:
     options = gatefuse.Options(**{**vars(entry.options), "expect": 0})
     with (
         mock.patch.object(compat, "graph_phase", return_value=entry.phase),
-        mock.patch.object(report, "readable", return_value=""),
+        mock.patch.object(recording, "readable", return_value=""),
         config.patch(entry.settings),
         gatefuse.record() as recorded,
     ):

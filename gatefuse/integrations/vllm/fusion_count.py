@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
-from gatefuse import report, settings
+from gatefuse import settings
 from gatefuse.integrations.vllm import passes
+from gatefuse.recording import COUNTERS
+from gatefuse.report import FusionError
 
 __all__ = ["fused_in", "install", "note_left_alone"]
 
@@ -155,7 +157,7 @@ def _tell(worker: Any) -> None:
     )
     options = settings.resolve({}) if graph_pass is None else graph_pass.options
     if counted["fused"] < options.expect:
-        raise report.FusionError(
+        raise FusionError(
             f"gatefuse: expected at least {options.expect} fused gates in the engine, "
             f"fused {counted['fused']}"
         )
@@ -196,7 +198,7 @@ def fused_in(runnable: Any) -> Counter[str]:
         if not isinstance(state, dict):
             state = {}
         if (deltas := state.get("counter_deltas")) is not None:
-            found.append(Counter({n: deltas.get(key, 0) for n, key in report.COUNTERS.items()}))
+            found.append(Counter({n: deltas.get(key, 0) for n, key in COUNTERS.items()}))
         elif isinstance(item, (list, tuple)):
             queue.extend(item)
         elif isinstance(item, dict):

@@ -14,7 +14,7 @@ from typing import Any
 from gatefuse import settings
 from gatefuse.inductor.fusion_pass import GateFusionPass, sources_hash
 from gatefuse.inductor.hooks import POST_HOOK, passes_of
-from gatefuse.report import COUNTERS
+from gatefuse.recording import COUNTERS
 from gatefuse.settings import Options
 
 __all__ = ["add_pass", "make_pass", "pass_class", "pass_of"]

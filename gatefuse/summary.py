@@ -1,0 +1,193 @@
+"""A report as text: the verdict first, then the gates, then what was left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from gatefuse.advice import advice
+from gatefuse.origin import layers_as_text
+from gatefuse.records import Activity, GraphReport, ModelGates, RejectionReport, SiteReport
+
+__all__ = ["gates_and_fused", "nothing_compiled", "summary", "verdict"]
+
+_CUT = ("the logit is an input of the graph", "in this graph, which returns it")
+
+
+def gates_and_fused(graphs: Sequence[GraphReport], model: ModelGates | None) -> tuple[int, int]:
+    """Number of gates, and how many of them are fused.
+
+    Those of the model where it is known; else those that the graphs have, which counts a gate once
+    per graph in which it is.
+    """
+    if model is not None:
+        return len(model.gates), len(model.fused)
+    fused = sum(g.fused for g in graphs)
+    return fused + sum(r.kind == "gate" for g in graphs for r in g.rejections), fused
+
+
+def verdict(
+    graphs: Sequence[GraphReport],
+    model: ModelGates | None,
+    activity: Activity,
+    note: str | None,
+) -> str:
+    """The first line."""
+    gates, fused = gates_and_fused(graphs, model)
+    if gates:
+        text = f"{fused} of {gates} gates fused"
+    elif not graphs or any(r.kind == "near miss" for g in graphs for r in g.rejections):
+        text = "no gate fused"
+    else:
+        text = "no gate found"
+    if why := nothing_compiled(graphs, activity, note):
+        return f"{text}: {why}"
+    compiled = [g for g in graphs if g.phase != "subgraph"]
+    return f"{text} in {_number(len(compiled), 'graph')}" if compiled else text
+
+
+def nothing_compiled(
+    graphs: Sequence[GraphReport], activity: Activity, note: str | None
+) -> str | None:
+    """Why the pass has seen no graph at all, and what to do; None if it has, or would have."""
+    if graphs:
+        return None
+    if note:
+        return note
+    if activity.switched_off:
+        return f"PyTorch compiles nothing: {activity.switched_off}"
+    if activity.cached:
+        return (
+            f"{_number(activity.cached, 'graph')} came from Inductor's cache, without a gate in "
+            "them. TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 compiles anew"
+        )
+    if activity.graphs and activity.hooked:
+        return (
+            f"{_number(activity.graphs, 'graph')} went to another backend than Inductor, which "
+            'runs no passes. Use backend="gatefuse" or "inductor"'
+        )
+    if activity.graphs:
+        return (
+            f"{_number(activity.graphs, 'graph')} compiled without gatefuse. Compile with "
+            'backend="gatefuse", or call gatefuse.enable() in the same thread first'
+        )
+    if activity.elsewhere:
+        return (
+            "the compilation ran in another thread, and a report covers its own thread only. Open "
+            "the block in the thread that calls the model"
+        )
+    if activity.breaks:
+        return f"nothing could be compiled. PyTorch's reason: {_first_line(activity.breaks)}"
+    not_at_all = "pass the model to torch.compile, and call the result in the block"
+    if activity.before:
+        return (
+            "nothing was compiled in this block. If the model was compiled before it, open the "
+            "block before the model's first call, or call torch._dynamo.reset() first; if not, "
+            f"{not_at_all}"
+        )
+    return f"nothing was compiled in this block: {not_at_all}"
+
+
+def summary(
+    graphs: Sequence[GraphReport],
+    model: ModelGates | None,
+    activity: Activity,
+    note: str | None,
+) -> str:
+    """The whole report."""
+    lines = [f"gatefuse: {verdict(graphs, model, activity, note)}"]
+    if model is not None and model.note:
+        lines.append(f"  ({model.note})")
+    if graphs and note:
+        lines.append(f"  {note}")
+    lines += _fused([s for g in graphs for s in g.sites])
+    rejections = [r for g in graphs for r in g.rejections]
+    for kind, one, many in (("gate", "gate", "gates"), ("near miss", "near miss", "near misses")):
+        alike = [r for r in rejections if r.kind == kind]
+        if alike:
+            lines.append(f"  {len(alike)} {one if len(alike) == 1 else many} left alone:")
+            lines += _left_alone(alike, activity)
+    if model is not None:
+        lines += _missing(model)
+    lines += _others([r for r in rejections if r.kind == "other"])
+    lines += _graphs(graphs)
+    return "\n".join(lines)
+
+
+def _fused(sites: list[SiteReport]) -> Iterator[str]:
+    groups: dict[tuple[str | None, str | None], list[SiteReport]] = {}
+    for site in sites:
+        groups.setdefault((site.location or site.node, site.line), []).append(site)
+    for (location, line), found in groups.items():
+        yield f"  {location}"
+        if line:
+            yield f"    {line}"
+        kinds: dict[tuple[str, ...], list[SiteReport]] = {}
+        for s in found:
+            size = f"{s.rows} x {s.H} -> {s.D}" if s.H != s.D else f"{s.rows} x {s.H}"
+            extras = (("bias", s.has_bias), ("addend", s.has_addend), ("logit", s.keeps_logit))
+            what = " ".join(f"+{name}" for name, present in extras if present)
+            placed = f"{s.placement}: {s.placement_reason}" if s.placement else "not lowered"
+            form = ", ".join(filter(None, (size, s.dtype, what)))
+            kinds.setdefault((form, placed), []).append(s)
+        for (form, placed), alike in kinds.items():
+            layers = layers_as_text([s.layer for s in alike if s.layer])
+            yield f"    {_number(len(alike), 'gate')}, {form}{f', in {layers}' if layers else ''}"
+            yield f"      {placed}"
+
+
+def _left_alone(rejections: list[RejectionReport], activity: Activity) -> Iterator[str]:
+    groups: dict[tuple[str | None, str | None, str], list[RejectionReport]] = {}
+    for r in rejections:
+        groups.setdefault((r.location or r.node, r.line, r.reason), []).append(r)
+    for (location, line, reason), alike in groups.items():
+        layers = layers_as_text([r.layer for r in alike if r.layer])
+        times = f"{len(alike)} x " if len(alike) > 1 else ""
+        yield f"    {times}{location}{f', in {layers}' if layers else ''}"
+        if line:
+            yield f"      {line}"
+        yield f"      {reason}"
+        if reason.endswith(_CUT) and activity.breaks:
+            yield f"      cut by a graph break: {_first_line(activity.breaks)}"
+        if change := advice(reason):
+            yield f"      to do: {change}"
+
+
+def _missing(model: ModelGates) -> Iterator[str]:
+    if model.not_compiled:
+        names = layers_as_text(model.not_compiled)
+        number = len(model.not_compiled)
+        yield f"  {_number(number, 'Linear(H, 1)')} in no compiled graph, gate or not: {names}"
+
+
+def _others(rejections: list[RejectionReport]) -> Iterator[str]:
+    if not rejections:
+        return
+    reasons = Counter(r.reason for r in rejections)
+    most = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
+    more = f"; {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+    yield f"  {_number(len(rejections), 'sigmoid')} that cannot be gates ({most}{more})"
+
+
+def _graphs(graphs: Sequence[GraphReport]) -> Iterator[str]:
+    for g in graphs:
+        if g.error:
+            yield f"  {g.name}: left unfused after an error: {g.error}"
+    cached = [g for g in graphs if g.from_cache]
+    if cached:
+        fused = sum(g.fused for g in cached)
+        yield f"  from Inductor's cache: {_number(len(cached), 'graph')}, {fused} fused"
+        if any(g.phase == "unknown" for g in cached):
+            yield (
+                "    what was known of them is not in the cache's folder: "
+                "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 compiles anew"
+            )
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 or what.endswith(')') else 's'}"
+
+
+def _first_line(breaks: dict[str, int]) -> str:
+    lines = [line.strip() for line in next(iter(breaks)).splitlines() if line.strip()]
+    return " ".join(lines[:2])
