@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.graphs import op_nodes
 from tests.support.programs import run_python
 
 CODE = """
@@ -89,7 +90,8 @@ def test_caches(directory: Path, train: bool, autograd_cache: bool, rows: int) -
     # From the cache, in the same process and in another.
     for hit in (again, warm):
         assert hit["results"] == cold["results"]
-        assert (hit["fx_miss"], hit["sites"], hit["fused"]) == (0, 0, 1)
+        assert (hit["fx_miss"], hit["sites"], hit["fused"]) == (0, 1, 1)
+        assert hit["text"].splitlines()[1:-1] == cold["text"].splitlines()[1:]
         assert hit["aot_hit"] == int(autograd_cache)
         assert hit["fx_hit"] > 0 or autograd_cache
         assert any(hit["from_cache"])
@@ -100,3 +102,45 @@ def test_caches(directory: Path, train: bool, autograd_cache: bool, rows: int) -
         assert (miss["aot_hit"], miss["fx_hit"]) == (0, 0)
         assert (miss["sites"], miss["fused"]) == (sites, sites)
         assert not any(miss["from_cache"])
+
+
+DUMPED = """
+import torch
+import gatefuse
+from tests.support.forms import linear_bias, make_inputs
+
+with gatefuse.record() as report, torch.no_grad():
+    torch.compile(linear_bias, backend="gatefuse")(*make_inputs(linear_bias))
+print(report)
+"""
+
+
+def test_dumps_on_a_warm_cache(tmp_path: Path) -> None:
+    """A dump never says nothing: it has the graphs, or how to get them."""
+
+    def dump(name: str) -> tuple[dict[str, Any], list[int], str]:
+        done = run_python(
+            DUMPED,
+            TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+            TORCHINDUCTOR_VEC_ISA_OK="1",
+            TORCHINDUCTOR_FX_GRAPH_CACHE="1",
+            GATEFUSE_DUMP=str(tmp_path / name),
+        )
+        (folder,) = (tmp_path / name).iterdir()
+        texts = [path.read_text() for path in sorted(folder.glob("*.py"))]
+        found = json.loads((folder / "report.json").read_text())
+        return found, [op_nodes(text) for text in texts], done.stdout
+
+    cold, graphs, _ = dump("cold")
+    assert (cold["fused"], cold["graphs"][0]["from_cache"], graphs) == (1, False, [1, 0])
+
+    warm, graphs, _ = dump("warm")
+    assert (warm["fused"], warm["graphs"][0]["from_cache"], graphs) == (1, True, [1, 0])
+    assert warm["graphs"][0]["sites"] == cold["graphs"][0]["sites"]
+
+    for path in (tmp_path / "cache" / "gatefuse").iterdir():
+        path.unlink()
+    lost, graphs, text = dump("lost")
+    assert (lost["fused"], graphs) == (1, [])
+    for said in (lost["note"], text):
+        assert "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1" in said

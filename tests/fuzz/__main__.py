@@ -19,6 +19,7 @@ import datetime
 import gc
 import json
 import logging
+import math
 import platform
 import warnings
 
@@ -42,7 +43,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--case", metavar="SEED:INDEX", help="replay one case")
     parser.add_argument("--stop", action="store_true", help="stop at the first failure")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time")
     arguments = parser.parse_args()
+    if arguments.minutes < math.inf and arguments.jobs > 1:
+        parser.error("--minutes takes the cases in order: --jobs 1")
     quiet()
     if arguments.case:
         return replay(arguments.case, arguments.engine, arguments.device)
@@ -65,9 +69,13 @@ def main() -> int:
             print(failure(result, arguments.engine, arguments.device), flush=True)
             if arguments.stop:
                 break
+        seconds = time.monotonic() - start
         if done % 200 == 0:
-            rate = done / (time.monotonic() - start)
-            print(f"{done} cases, {len(failures)} failed, {rate:.1f} a second", flush=True)
+            print(
+                f"{done} cases, {len(failures)} failed, {done / seconds:.1f} a second", flush=True
+            )
+        if seconds > 60 * arguments.minutes:
+            break
     seconds = time.monotonic() - start
     fused = counts["cases with a fused gate"]
     enough = fused >= LEAST_FUSED * done or done < 50
