@@ -7,6 +7,8 @@ that program's hooks and settings.
 
 from __future__ import annotations
 
+import getpass
+import importlib
 import importlib.metadata
 import json
 import os
@@ -83,15 +85,30 @@ def _count(number: int, what: str) -> str:
 def diagnose() -> Diagnosis:
     """Look at everything. Where vLLM is installed this takes as long as its import, in a process
     of its own; raises nothing: a check that fails is a problem."""
+    broken = _inductor_error()
     found = environment()
     checks: list[Check] = []
     for check in _CHECKS:
+        if broken and check in _NEED_INDUCTOR:
+            continue
         try:
             checks += check(found)
         except Exception as e:  # on a PyTorch that looks different, say
             subject = check.__name__.strip("_").replace("_", " ")
             checks.append(Check(subject, "problem", f"cannot be checked: {type(e).__name__}: {e}"))
+    if broken:
+        checks.append(Check("Inductor", "problem", f"cannot be imported: {broken}"))
     return Diagnosis(found, checks)
+
+
+def _inductor_error() -> str | None:
+    """Why Inductor cannot be imported, as where it cannot make its cache's folder."""
+    try:
+        importlib.import_module("torch._inductor.config")
+        importlib.import_module("torch._dynamo.config")
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+    return None
 
 
 def _minor(found: dict[str, Any]) -> str:
@@ -221,22 +238,30 @@ def _hooks(found: dict[str, Any]) -> Iterator[Check]:
         yield Check("Inductor's hooks", "ok", text)
 
 
-def _caches(found: dict[str, Any]) -> Iterator[Check]:
-    import torch._inductor.config as config
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    # Not Inductor's cache_dir(), which makes the folder.
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
-    if (reason := _not_writable(folder)) is not None:
+def _cache_folder(found: dict[str, Any]) -> Iterator[Check]:
+    # Before Inductor, which cannot even be imported without its folder.
+    try:
+        user = getpass.getuser()
+    except (KeyError, ImportError, OSError):  # an id without a name, as in containers
+        user = f"uid_{os.getuid()}"
+    default = os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default
+    if (reason := _not_writable(folder)) is None:
+        yield Check("Inductor's cache", "ok", folder)
+    else:
         text = f"{folder} cannot be written ({reason}): nothing compiles"
         advice = "make it writable, or name another folder in TORCHINDUCTOR_CACHE_DIR"
         yield Check("Inductor's cache", "problem", text, advice)
-    elif config.force_disable_caches or not config.fx_graph_cache:
-        text = f"{folder}; graphs are not cached: every process compiles them anew"
-        yield Check("Inductor's cache", "ok", text)
+
+
+def _caches(found: dict[str, Any]) -> Iterator[Check]:
+    import torch._inductor.config as config
+
+    if config.force_disable_caches or not config.fx_graph_cache:
+        text = "off: every process compiles its graphs anew"
     else:
-        text = f"{folder}; a graph from it is reported with its number of gates, without detail"
-        yield Check("Inductor's cache", "ok", text)
+        text = "on; a graph from the cache is reported with its number of gates, without detail"
+    yield Check("Inductor's cache of graphs", "ok", text)
 
 
 def _not_writable(folder: str) -> str | None:
@@ -333,7 +358,7 @@ def _variables(found: dict[str, Any]) -> Iterator[Check]:
         try:
             value = variable.read()
         except ValueError as e:
-            yield Check(name, "problem", str(e).removeprefix("gatefuse: "))
+            yield Check(name, "problem", str(e).partition(f"{name} ")[2])
             continue
         if value is None:
             continue
@@ -353,6 +378,7 @@ _CHECKS: tuple[Callable[[dict[str, Any]], Iterator[Check]], ...] = (
     _triton,
     _devices,
     _cpp_compiler,
+    _cache_folder,
     _caches,
     _compile_switches,
     _hooks,
@@ -360,3 +386,4 @@ _CHECKS: tuple[Callable[[dict[str, Any]], Iterator[Check]], ...] = (
     _vllm,
     _variables,
 )
+_NEED_INDUCTOR = (_caches, _compile_switches, _hooks, _backend)

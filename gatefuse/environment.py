@@ -77,9 +77,9 @@ def _compiler() -> str | None:
     """Path of the C++ compiler that Inductor takes, or None if it finds none that runs."""
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
-
-        return shutil.which(get_cpp_compiler())
-    except ImportError:
+    except Exception:  # Inductor cannot be imported, or looks different
         return shutil.which(os.environ.get("CXX", "g++"))
+    try:
+        return shutil.which(get_cpp_compiler())
     except Exception:  # InvalidCxxCompiler, and whatever running it raises
         return None
