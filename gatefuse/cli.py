@@ -51,20 +51,20 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    import torch
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        print("gatefuse: PyTorch finds no CUDA device here", file=sys.stderr)
-        return 2
+    from gatefuse.bench.cases import BenchError
     from gatefuse.environment import environment
 
-    if (reason := (header := environment())["unsupported"]) is not None:
-        print(f"gatefuse: nothing is fused: {reason}", file=sys.stderr)
-        return 2
-    from gatefuse.bench import run
+    try:
+        if (reason := (header := environment())["unsupported"]) is not None:
+            raise BenchError(f"nothing is fused: {reason}")
+        # Not before: it imports internals of Inductor that another PyTorch may not have.
+        from gatefuse.bench import run
 
-    path, code = run.run(device, args.out, args.time_budget, args.quick, header)
+        device = run.device_of(args.device)
+        path, code = run.run(device, args.out, args.time_budget, args.quick, header)
+    except BenchError as error:
+        print(f"gatefuse: {error}", file=sys.stderr)
+        return 2
     print(f"{path} has all results")
     return code
 

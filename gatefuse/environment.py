@@ -12,7 +12,7 @@ from typing import Any
 
 from gatefuse import settings
 
-__all__ = ["environment"]
+__all__ = ["environment", "version"]
 
 _PACKAGES = ("gatefuse", "torch", "triton", "transformers", "depyf", "vllm")
 
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
         unsupported = str(e)
     return {
         "python": platform.python_version(),
-        **{package: _version(package) for package in _PACKAGES},
+        **{package: version(package) for package in _PACKAGES},
         "c++ compiler": _compiler(),
         "devices": _gpus() or ["cpu"],
         "variables": {
@@ -40,7 +40,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The version of a package, or None where it is not installed."""
     if package == "gatefuse":
         from gatefuse import __version__
 

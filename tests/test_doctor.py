@@ -39,9 +39,9 @@ class EntryPoint:
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if gatefuse were installed, and vLLM not, whatever is the case here."""
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: [EntryPoint()])
-    find = environment_module._version
+    find = environment_module.version
     monkeypatch.setattr(
-        environment_module, "_version", lambda name: None if name == "vllm" else find(name)
+        environment_module, "version", lambda name: None if name == "vllm" else find(name)
     )
 
 
@@ -218,7 +218,7 @@ def test_triton(
     monkeypatch: pytest.MonkeyPatch, devices: list[str], triton: str | None, status: str
 ) -> None:
     versions = {"torch": "2.13.0+cpu", "triton": triton}
-    version: Callable[[str], str | None] = environment_module._version
+    version: Callable[[str], str | None] = environment_module.version
     monkeypatch.setattr(
         environment_module,
         "_version",
@@ -230,7 +230,7 @@ def test_triton(
 
 def test_versions_outside_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"torch": "2.12.0", "vllm": None}
-    version: Callable[[str], str | None] = environment_module._version
+    version: Callable[[str], str | None] = environment_module.version
     monkeypatch.setattr(
         environment_module,
         "_version",
@@ -309,7 +309,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Check
         # The child's search path: the stand-ins first.
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
         monkeypatch.setattr(
-            environment_module, "_version", lambda name: {"vllm": "0.26.0"}.get(name, "0.0")
+            environment_module, "version", lambda name: {"vllm": "0.26.0"}.get(name, "0.0")
         )
         return found("vLLM's plugin")
 
