@@ -49,8 +49,7 @@ def _lines(
     axis: Any, rows: pd.DataFrame, column: str, providers: Iterable[ProviderKey], size: int = 3
 ) -> None:
     for name, mode in providers:
-        points = rows[matches(rows, {"provider": name, "mode": mode})].sort_values("N")
-        points = points.dropna(subset=column)
+        points = rows[matches(rows, {"provider": name, "mode": mode})].dropna(subset=column)
         if len(points):
             label = LABELS[name, mode].replace("*", "").replace("`", "")
             style = STYLES[name, mode]
