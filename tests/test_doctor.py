@@ -221,7 +221,7 @@ def test_triton(
     version: Callable[[str], str | None] = environment_module.version
     monkeypatch.setattr(
         environment_module,
-        "_version",
+        "version",
         lambda name: versions[name] if name in versions else version(name),
     )
     monkeypatch.setattr(environment_module, "_gpus", lambda: [d for d in devices if d != "cpu"])
@@ -233,7 +233,7 @@ def test_versions_outside_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None
     version: Callable[[str], str | None] = environment_module.version
     monkeypatch.setattr(
         environment_module,
-        "_version",
+        "version",
         lambda name: versions[name] if name in versions else version(name),
     )
     monkeypatch.setattr("platform.python_version", lambda: "3.10.2")
