@@ -124,6 +124,8 @@ def test_inductor_without_its_folder(tmp_path: Path) -> None:
     code = "import sys; from gatefuse.cli import main; print(main(['doctor']))"
     out = run_python(code, TORCHINDUCTOR_CACHE_DIR=place).stdout
     assert f"Inductor's cache: {place} cannot be written" in out
+    assert "Inductor: cannot be imported: " in out
+    assert "cannot be checked" not in out, "one cause is told once"
     assert out.endswith("\n1\n")
 
 
