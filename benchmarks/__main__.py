@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import grid
-from benchmarks.sweep import BenchError, Run
+from benchmarks.grid import BenchError
 
 DTYPES = ("bfloat16", "float16", "float32")
 WIDTHS = tuple(sorted({*grid.WIDTHS, *grid.GRIDS["widths"].widths}))
@@ -24,8 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return int(args.command(args))
-    except BenchError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
+    except (BenchError, ModuleNotFoundError) as error:
+        hint = "" if isinstance(error, BenchError) else "; pip install -e '.[benchmarks,demo]'"
+        print(f"benchmarks: {error}{hint}", file=sys.stderr)
         return 2
 
 
@@ -104,7 +105,7 @@ def chosen(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
 def _check(args: argparse.Namespace) -> int:
     from benchmarks import store, thresholds
 
-    found = store.load(args.files) if args.files else store.committed()
+    found = store.load(args.files, timed=True) if args.files else store.committed()
     violations = thresholds.check(found, args.partial)
     for one in violations:
         print(f"VIOLATION {one}" + (f"\n          {one.reason}" if one.reason else ""))
@@ -116,7 +117,10 @@ def _check(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from benchmarks import publish, store
 
-    print(publish.report(store.load(args.files)))
+    found = store.load(args.files, timed=True)
+    if not (text := publish.report(found).strip()):
+        raise BenchError(f"there are no tables of {', '.join(found.headers)}")
+    print(text)
     return 0
 
 
@@ -130,14 +134,11 @@ def _publish(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    import torch
-
     from benchmarks import publish, store
-    from gatefuse.bench.run import rounds_of
+    from benchmarks.sweep import Run
+    from gatefuse.bench.run import TOY, device_of, rounds_of
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BenchError("PyTorch finds no CUDA device here")
+    device = device_of(args.device)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if args.suite in ("launch-config", "sglang") and device != "cuda" and not interpreted:
         raise BenchError("this suite measures the Triton kernel, on a GPU only")
@@ -147,7 +148,7 @@ def _measure(args: argparse.Namespace) -> int:
     run = Run(device, rounds, args.quick, args.out, processes, args.time_budget)
     module = importlib.import_module("benchmarks.run_" + args.suite.replace("-", "_"))
     path, code = module.run(args, run)
-    print(publish.report(store.load([path])))
+    print(TOY if args.quick else publish.report(store.load([path])))
     print(f"{path}: all results; `python -m benchmarks report {path}` prints the tables")
     return int(code)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gatefuse.bench.cases import NO_GATE, WORKLOADS, Case, Provider
+from gatefuse.bench.cases import NO_GATE, WORKLOADS, BenchError, Case, Provider
 
-__all__ = ["NO_GATE", "WORKLOADS", "Case", "Provider"]
+__all__ = ["NO_GATE", "WORKLOADS", "BenchError", "Case", "Provider"]
 
 DTYPE = "bfloat16"
 

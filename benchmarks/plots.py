@@ -45,10 +45,6 @@ STYLES: dict[ProviderKey, dict[str, Any]] = {
 SUMMARY = (EAGER, INDUCTOR, ("inductor", "max-autotune"), GATEFUSE, ROOFLINE)
 
 
-def rows_of(results: Results, workload: str, H: int) -> pd.DataFrame:
-    return select(results.cases, workload, H).sort_values("N")
-
-
 def _lines(
     axis: Any, rows: pd.DataFrame, column: str, providers: Iterable[ProviderKey], size: int = 3
 ) -> None:
@@ -70,7 +66,7 @@ def _times(axis: Any, rows: pd.DataFrame, providers: Iterable[ProviderKey], titl
 
 
 def _costs(axis: Any, results: Results, H: int, title: str) -> None:
-    _lines(axis, rows_of(results, "glue", H), "cost_us", (INDUCTOR, GATEFUSE), size=4)
+    _lines(axis, select(results.cases, "glue", H), "cost_us", (INDUCTOR, GATEFUSE), size=4)
     axis.axhline(0, color="#000000", linewidth=0.8)
     axis.set(yscale="symlog", title=title)
     axis.set_yticks([-10, -1, 0, 1, 10, 100], ["-10", "-1", "0", "1", "10", "100"])
@@ -82,7 +78,7 @@ def draw_times(results: Results, H: int) -> Any:
     handles: dict[str, Any] = {}
     for axis, workload in zip(axes, grid.WORKLOADS):
         title = TITLES[workload].split(":")[0].strip("`")
-        _times(axis, rows_of(results, workload, H), tuple(STYLES), title)
+        _times(axis, select(results.cases, workload, H), tuple(STYLES), title)
         found, labels = axis.get_legend_handles_labels()
         handles = dict(zip(labels, found)) | handles
     axes[0].set_ylabel(f"µs, H = {H}, {grid.DTYPE}")
@@ -104,7 +100,7 @@ def draw_gate_cost(results: Results) -> Any:
 
 def draw_summary(results: Results, H: int) -> Any:
     figure, (times, costs) = plt.subplots(1, 2, figsize=(9, 3.8))
-    _times(times, rows_of(results, "mul", H), SUMMARY, "the gate alone, µs")
+    _times(times, select(results.cases, "mul", H), SUMMARY, "the gate alone, µs")
     _costs(costs, results, H, "what it costs in a decoder layer, µs")
     for axis in (times, costs):
         axis.legend(frameon=False, fontsize=8)

@@ -181,8 +181,9 @@ def run(args: Namespace, run: Run) -> tuple[Path, int]:
     rounds, imports, repeats = (3, 1, 1) if run.small else (50, 3, 5)
     begin = time.monotonic()
     path = store.new_path(run.out, "host")
-    header = store.header(run.device, sys.argv[1:])
+    header = store.header(run.device, sys.argv[1:]) | {"quick": run.small}
     rows: list[Row] = []
+    store.write(path, {"kind": "host", "header": header, "rows": rows})
     torch._dynamo.config.recompile_limit = 64
 
     sizes = (args.width, args.rows)

@@ -32,9 +32,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import gatefuse
 from benchmarks import grid, model_zoo
-from benchmarks.grid import ModuleCase
+from benchmarks.grid import BenchError, ModuleCase
 from benchmarks.run_host import timed_pass
-from benchmarks.sweep import BenchError, Row, Run, guard_tuning, sweep
+from benchmarks.sweep import Row, Run, guard_tuning, sweep
 from gatefuse.bench.measure import (
     fusion_facts,
     inductor_options,

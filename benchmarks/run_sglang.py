@@ -9,7 +9,6 @@ into the routed experts' output, the op writes a new tensor.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import sys
 import zlib
@@ -24,12 +23,13 @@ import torch
 from filelock import BaseFileLock
 from torch import Tensor
 
-from benchmarks.sweep import BenchError, Row, Run, rotated, sweep
+from benchmarks.sweep import Row, Run, rotated, sweep
 from gatefuse import kernels
-from gatefuse.bench.cases import Case
+from gatefuse.bench.cases import BenchError, Case
 from gatefuse.bench.measure import checker
 from gatefuse.bench.timing import plan
 from gatefuse.bench.workloads import bytes_of, make_set
+from gatefuse.environment import version
 
 _USED = SimpleNamespace(
     is_arch_support_pdl=lambda: kernels.supports_pdl(0),
@@ -44,11 +44,9 @@ _IMPORTED: dict[str, Any] = dict.fromkeys([*_MODULES, "sglang.srt.utils"], _USED
 def load() -> Any:
     """The module of SGLang's kernel. Raises BenchError where there is none."""
     package = importlib.util.find_spec("sglang")  # runs nothing of it
-    folders = package.submodule_search_locations if package is not None else None
-    source = (
-        Path(next(iter(folders)), "kernels/ops/elementwise/elementwise.py") if folders else None
-    )
-    if source is None or not source.exists():
+    folders = getattr(package, "submodule_search_locations", None) or ["not-installed"]
+    source = Path(next(iter(folders)), "kernels/ops/elementwise/elementwise.py")
+    if not source.exists():
         raise BenchError("sglang, whose kernel is the baseline, is not installed")
     spec = importlib.util.spec_from_file_location("gatefuse_bench_sglang", source)
     assert spec is not None and spec.loader is not None
@@ -56,13 +54,6 @@ def load() -> Any:
     with mock.patch.dict(sys.modules, _IMPORTED):
         spec.loader.exec_module(module)
     return module
-
-
-def version() -> str:
-    try:
-        return importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def calls_of(workload: str) -> dict[str, Callable[[Any], Tensor]]:
@@ -110,7 +101,7 @@ def run_case(run: Run, case: Case, lock: BaseFileLock) -> list[Row]:
                 torch.cuda.empty_cache()
             for provider, timing in timings.items():
                 row = {"workload": case.workload, "H": case.H, "N": N, "provider": provider}
-                rows.append(row | {"sglang": version()} | timing)
+                rows.append(row | {"sglang": version("sglang")} | timing)
     return rows
 
 

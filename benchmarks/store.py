@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.grid import DTYPE, NO_GATE, Key
+from benchmarks.grid import DTYPE, NO_GATE, BenchError, Key
 from benchmarks.sweep import Row
 
 ROOT = Path(__file__).parents[1]
@@ -38,21 +38,15 @@ def header(device: str, arguments: list[str]) -> Row:
     ``arguments`` that are absolute paths only the last part is kept. Initialises no device."""
     import torch
 
-    import gatefuse
+    from gatefuse.environment import version
     from gatefuse.inductor.fusion_pass import GateFusionPass
 
-    try:
-        import triton
-    except ImportError:
-        triton = None
     return {
         "device": _gpu() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{package: version(package) for package in ("torch", "triton", "gatefuse")},
         "cuda": torch.version.cuda,
-        "triton": getattr(triton, "__version__", None),
-        "gatefuse": gatefuse.__version__,
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "sources": GateFusionPass().uuid(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -84,7 +78,10 @@ def _processor() -> str:
 
 def new_path(directory: Path, kind: str) -> Path:
     """A fresh file name; creates the directory."""
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"{directory} cannot be made: {error.strerror}") from None
     return directory / f"{kind}-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}.json"
 
 
@@ -125,9 +122,26 @@ def matches(frame: pd.DataFrame, where: dict[str, Any]) -> pd.Series:
     return (frame[list(where)] == pd.Series(where)).all(axis=1)
 
 
-def load(paths: Iterable[Path]) -> Results:
-    """The files' contents in the order of their dates."""
-    files = [in_todays_words(json.loads(path.read_text())) for path in paths]
+def read(path: Path) -> dict[str, Any]:
+    """A file's content; BenchError if there is none, or it is no result file."""
+    try:
+        content = in_todays_words(json.loads(path.read_text()))
+        if isinstance(content["header"]["date"], str):
+            return content
+    except OSError as error:
+        raise BenchError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise BenchError(f"{path} is not a result file")
+
+
+def load(paths: Iterable[Path], timed: bool = False) -> Results:
+    """The files' contents in the order of their dates. timed: BenchError where sizes are toys."""
+    files = [read(path) for path in paths]
+    if files and not any(content["rows"] for content in files):
+        raise BenchError("nothing was measured: the time was over (--time-budget) before a case")
+    if timed and any(content["header"].get("quick") for content in files):
+        raise BenchError("toy sizes (--quick) show that all runs, and nothing about speed")
     return collect(sorted(files, key=lambda content: content["header"]["date"]))
 
 

@@ -35,10 +35,6 @@ Work = Callable[[Item, BaseFileLock], Result]
 _folder = ""  # of this process's pool
 
 
-class BenchError(RuntimeError):
-    """The command cannot run here; the message says what is missing."""
-
-
 @dataclass(frozen=True)
 class Run:
     """What all cases of a run share. device: ``"cuda"`` or ``"cpu"``; rounds: samples of each
@@ -73,7 +69,8 @@ def sweep(
     if run.processes > 1:
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_AUTOTUNE_NUM_CHOICES_DISPLAYED"] = "0"
-    content: dict[str, Any] = {"kind": kind, "header": store.header(run.device, sys.argv[1:])}
+    header = store.header(run.device, sys.argv[1:]) | {"quick": run.small}
+    content: dict[str, Any] = {"kind": kind, "header": header}
     content |= {"rows": [], "not_run": [asdict(case) for case in cases]}
     failed = 0
     for case, rows, error in spread(work, cases, run.processes, begin + run.time_budget):

@@ -1,87 +1,30 @@
-"""The `gatefuse` command: `gatefuse demo`, `gatefuse bench` and `gatefuse env`.
+"""The `gatefuse` command: `gatefuse demo`, `gatefuse bench` and `gatefuse doctor`, or `env`.
 
 Exit codes: 0 when all is well; 1 when the demo finds a gate that was not fused or a result that
-differs, the benchmark finds a provider that fails, or `env` that this PyTorch is not supported; 2
-when the command cannot run, or the benchmark's time was over before all was measured.
+differs, the benchmark finds a provider that fails, or the doctor finds a problem; 2 when the
+command cannot run, or the benchmark's time was over before all was measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.metadata
 import json
-import os
-import platform
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gatefuse import __version__
+
 __all__ = ["main"]
 
-_PACKAGES = ("gatefuse", "torch", "triton", "transformers", "depyf", "vllm")
 
+def _doctor(args: argparse.Namespace) -> int:
+    from gatefuse import doctor
 
-def _version(package: str) -> str | None:
-    if package == "gatefuse":
-        from gatefuse import __version__
-
-        return __version__
-    if package in ("torch", "triton"):  # torch with its build; Triton's distribution has many names
-        try:
-            return str(importlib.import_module(package).__version__)
-        except ImportError:
-            return None
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _environment() -> dict[str, Any]:
-    import torch
-
-    from gatefuse import compat
-
-    devices = []
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        assert kind is not None
-        module = torch.get_device_module(kind.type)
-        for index in range(torch.accelerator.device_count()):
-            name = getattr(module, "get_device_name", lambda i: "")(index)
-            devices.append(f"{kind.type}:{index} {name}".strip())
-    return {
-        "python": platform.python_version(),
-        **{package: _version(package) for package in _PACKAGES},
-        "c++ compiler": next(filter(None, map(shutil.which, _compilers())), None),
-        "devices": devices or ["cpu"],
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith("GATEFUSE_")},
-        "unsupported": compat.unsupported_reason(),
-    }
-
-
-def _compilers() -> list[str]:
-    return [name for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name]
-
-
-def _env(args: argparse.Namespace) -> int:
-    found = _environment()
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        for name, value in found.items():
-            if name in ("unsupported", "variables"):
-                continue
-            text = ", ".join(value) if isinstance(value, list) else value
-            print(f"{name:14}{text or 'not found'}")
-        for name, value in found["variables"].items():
-            print(f"{name}={value}")
-        reason = found["unsupported"]
-        print("This PyTorch is supported." if reason is None else f"Nothing is fused: {reason}.")
-    return 0 if found["unsupported"] is None else 1
+    found = doctor.diagnose()
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+    return 1 if found.problems else 0
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -108,18 +51,20 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    import torch
+    from gatefuse.bench.cases import BenchError
+    from gatefuse.environment import environment
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        print("gatefuse: PyTorch finds no CUDA device here", file=sys.stderr)
-        return 2
-    if (reason := (environment := _environment())["unsupported"]) is not None:
-        print(f"gatefuse: nothing is fused: {reason}", file=sys.stderr)
-        return 2
-    from gatefuse.bench import run
+    try:
+        if (reason := (header := environment())["unsupported"]) is not None:
+            raise BenchError(f"nothing is fused: {reason}")
+        # Not before: it imports internals of Inductor that another PyTorch may not have.
+        from gatefuse.bench import run
 
-    path, code = run.run(device, args.out, args.time_budget, args.quick, environment)
+        device = run.device_of(args.device)
+        path, code = run.run(device, args.out, args.time_budget, args.quick, header)
+    except BenchError as error:
+        print(f"gatefuse: {error}", file=sys.stderr)
+        return 2
     print(f"{path} has all results")
     return code
 
@@ -129,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="gatefuse",
         description="Fuse sigmoid(linear(x, w)) * value in models compiled by torch.compile.",
     )
-    parser.add_argument("--version", action="version", version=f"gatefuse {_version('gatefuse')}")
+    parser.add_argument("--version", action="version", version=f"gatefuse {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser(
@@ -159,10 +104,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="smallest sizes: does it run?")
     bench.set_defaults(run=_bench)
 
-    env = commands.add_parser("env", help="print versions and whether this PyTorch is supported")
-    env.add_argument("--json", action="store_true", help="print as JSON")
-    env.set_defaults(run=_env)
+    _add_doctor(commands)
     return parser
+
+
+def _add_doctor(commands: Any) -> None:
+    text = "check versions, devices, compilers, caches, hooks, vLLM and variables"
+    for name, help_text in (("doctor", text), ("env", "another name of doctor")):
+        parser = commands.add_parser(name, help=help_text, description=f"{text.capitalize()}.")
+        parser.add_argument("--json", action="store_true", help="print as JSON")
+        parser.set_defaults(run=_doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

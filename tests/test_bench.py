@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,18 +160,26 @@ def test_the_command_prints_a_table_and_writes_the_results(
     (path,) = tmp_path.glob("*.json")
     content = json.loads(path.read_text())
     assert content["header"]["torch"] == torch.__version__
+    assert content["header"]["quick"]
     assert content["not_run"] == []
     assert all(row["median_us"] > 0 for row in content["rows"])
     out = capsys.readouterr().out
-    assert run.table(content["rows"]) in out
+    assert run.table(content["rows"], compared=False) in out
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["add", "glue", "mul"]
+    # Times of toys are no reason to use gatefuse, or not to.
+    assert not re.search(r"\dx\b|speed-up|roofline|noise", out)
+    assert run.TOY in out
 
 
-def test_the_command_stops_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_stops_in_time_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["bench", "--quick", "--device", "cpu", "--out", str(tmp_path)]
     assert cli.main([*arguments, "--time-budget", "-1"]) == 2
     (path,) = tmp_path.glob("*.json")
     assert len(json.loads(path.read_text())["not_run"]) == 3
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == "Nothing was measured: the -1 s of --time-budget were over."
 
 
 def test_the_command_without_a_gpu(
@@ -180,20 +190,67 @@ def test_the_command_without_a_gpu(
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_the_table_compares_with_inductor_and_without_the_gate() -> None:
-    times = {
-        ("mul", "inductor"): 4.0,
-        ("mul", "gatefuse-auto"): 2.0,
-        ("mul", "roofline"): 1.5,
-        ("glue", "inductor"): 9.0,
-        ("glue", "gatefuse-auto"): 6.0,
-        ("glue" + NO_GATE, "inductor"): 5.5,
-    }
-    rows = [
+def test_the_command_where_nothing_can_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before anything is measured."""
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert cli.main(["bench", "--device", "cpu", "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{out}" in line and "cannot be written" in line
+
+
+def measured(times: dict[tuple[str, str], float], spread: float = 0.0) -> list[dict[str, Any]]:
+    """Rows with these medians in µs; ``spread`` is from the 10th to the 90th percentile."""
+    return [
         {"workload": workload, "provider": provider, "H": 8, "N": 2, "dtype": "float32"}
-        | {"median_us": us}
+        | {"median_us": us, "p10_us": us - spread / 2, "p90_us": us + spread / 2}
         for (workload, provider), us in times.items()
     ]
-    glue, mul = (line.split() for line in run.table(rows).splitlines()[1:])
-    assert glue[4:] == ["9", "6", "1.50x", "3.5", "0.5"]
-    assert mul[4:] == ["4", "2", "2.00x", "75"]
+
+
+TIMES = {
+    ("mul", "inductor"): 4.0,
+    ("mul", "gatefuse-auto"): 2.0,
+    ("mul", "roofline"): 1.5,
+    ("glue", "inductor"): 9.0,
+    ("glue", "gatefuse-auto"): 6.0,
+    ("glue" + NO_GATE, "inductor"): 5.5,
+}
+
+
+def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Of the glue and of mul."""
+    return [line.split()[4:] for line in run.table(rows).splitlines()[1:]]
+
+
+def test_the_table_compares_with_inductor_and_without_the_gate() -> None:
+    glue, mul = cells(measured(TIMES))
+    assert glue == ["9", "(9..9)", "6", "(6..6)", "1.50x", "3.5", "0.5"]
+    assert mul == ["4", "(4..4)", "2", "(2..2)", "2.00x", "75"]
+
+
+def test_a_difference_within_the_spread_is_noise() -> None:
+    glue, mul = cells(measured(TIMES, spread=1.0))
+    assert glue == ["9", "(8.5..9.5)", "6", "(5.5..6.5)", "1.50x", "3.5", "noise"]
+    assert mul == ["4", "(3.5..4.5)", "2", "(1.5..2.5)", "2.00x", "75"]
+    glue, mul = cells(measured(TIMES, spread=2.5))
+    assert (glue[4:], mul[4:]) == (["1.50x", "3.5", "noise"], ["noise", "75"])
+    # A slower gatefuse is told in the same way.
+    slower = TIMES | {("mul", "gatefuse-auto"): 5.0}
+    assert [cells(measured(slower, spread=s))[1][4] for s in (0.5, 1.5)] == ["0.80x", "noise"]
+
+
+def test_compiles_that_differ_are_spread_too() -> None:
+    again = measured({("mul", "inductor"): 2.5})
+    _, mul = cells(measured(TIMES) + again)
+    assert mul == ["3.25", "(2.5..4)", "2", "(2..2)", "noise", "75"]
+
+
+def test_what_failed_is_not_compared() -> None:
+    rows = measured(TIMES)
+    for row in rows:
+        if row["provider"] == "gatefuse-auto":
+            row["error"] = "x"
+    assert cells(rows) == [["9", "(9..9)", "failed", "3.5"], ["4", "(4..4)", "failed"]]

@@ -19,6 +19,10 @@ CPU_DRAWS = 2
 each provider is first once."""
 
 
+class BenchError(RuntimeError):
+    """The command cannot run; the message says why, in a line."""
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way to run a workload: ``name`` as in the results, ``mode`` of Inductor or "-".

@@ -11,9 +11,11 @@ from tests.benchmarks.extra import need
 
 need()
 
+from benchmarks import __main__ as command
 from benchmarks import grid, store
 from benchmarks.store import Results, collect, matches
 from tests.benchmarks.data import STATIC, edit, files
+from tests.support.programs import run_python
 
 
 def case(results: Results, **where: Any) -> Any:
@@ -108,3 +110,56 @@ def test_header_names_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_header_keeps_no_folders_of_the_machine(tmp_path: Path) -> None:
     arguments = ["--out", str(tmp_path / "out"), "--grid", "main"]
     assert store.header("cpu", arguments)["arguments"] == ["--out", "out", "--grid", "main"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("", "is not a result file"),
+        ("[1]", "is not a result file"),
+        ("{}", "is not a result file"),
+        ('{"kind": "cpu", "header": {}, "rows": []}', "is not a result file"),
+        ('{"kind": "cpu", "header": {"date": "2026"}, "rows": 3}', "is not a result file"),
+        ('{"kind": "cpu", "header": {"date": "2026"}, "rows": [3]}', "is not a result file"),
+        ('{"kind": "cpu", "header": {"date": "2026"}, "rows": []}', "nothing was measured"),
+        ('{"kind": "odd", "header": {"date": "2026"}, "rows": [{}]}', "no tables of odd"),
+    ],
+)
+def test_a_file_without_results_is_a_line_and_not_a_traceback(
+    text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    if text is not None:
+        path.write_text(text)
+    assert command.main(["report", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmarks: ") and message in line
+    assert path.name in line or "measured" in message or "tables" in message
+
+
+def test_results_that_cannot_be_written_are_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["workloads", "--device", "cpu", "--out", str(tmp_path / "file")]
+    assert command.main(arguments) == 2
+    assert "file cannot be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [("matplotlib", ["publish"]), ("pandas", ["report", "x.json"]), ("pebble", ["workloads"])],
+)
+def test_a_missing_package_is_a_line(missing: str, arguments: list[str]) -> None:
+    """In a process of its own: here everything is imported."""
+    code = f"""
+        import sys
+        sys.modules[{missing!r}] = None
+        from benchmarks.__main__ import main
+        print(main({arguments!r}))
+    """
+    done = run_python(code)
+    assert done.stdout.split() == ["2"]
+    (line,) = done.stderr.splitlines()
+    assert missing in line and "pip install -e '.[benchmarks,demo]'" in line

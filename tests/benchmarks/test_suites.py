@@ -18,6 +18,7 @@ from benchmarks import grid, store
 from benchmarks.run_workloads import Variant
 from benchmarks.store import matches
 from gatefuse.bench.measure import checker
+from gatefuse.bench.run import TOY
 from gatefuse.bench.workloads import WORKLOADS, call, make_set
 from tests.support.programs import run_python
 
@@ -57,7 +58,23 @@ def test_cpu_is_measured_and_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     found = measured(tmp_path, *arguments).cases
     assert set(found["case"]) == {"mul H=128 N=4 float32 CPU"}
     assert row_of(found, provider="gatefuse-auto").hot_median_us > 0
-    assert "`sigmoid(x @ w.T) * v`, H = 128, float32, µs:" in capsys.readouterr().out
+    assert TOY in capsys.readouterr().out
+    title = "`sigmoid(x @ w.T) * v`, H = 128, float32, µs:"
+    (path,) = tmp_path.glob("*.json")
+    assert command.main(["report", str(path)]) == 2, "toy sizes are not compared"
+    captured = capsys.readouterr()
+    assert "toy sizes" in captured.err and title not in captured.out
+    content = json.loads(path.read_text())
+    content["header"]["quick"] = False
+    path.write_text(json.dumps(content))
+    assert command.main(["report", str(path)]) == 0
+    assert title in capsys.readouterr().out
+
+
+def test_a_time_that_is_over_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["workloads", "--device", "cpu", "--out", str(tmp_path), "--time-budget", "-1"]
+    assert command.main([*arguments, "--processes", "1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("benchmarks: nothing was measured")
 
 
 def test_modules_are_measured(tmp_path: Path) -> None:
