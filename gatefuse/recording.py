@@ -215,8 +215,11 @@ def note_placement(key: str, placement: str, reason: str) -> None:
 
 
 def _finished(graph: GraphReport) -> None:
-    """Store what is known, and add it to PyTorch's structured trace, which tlparse shows."""
+    """Store and dump what is known, at first without placements; once all is known, add it to
+    PyTorch's structured trace, which tlparse shows."""
     stored.store(graph)
+    if (folder := settings.dump_directory()) is not None:
+        dump(graph, folder)
     if all(site.placement for site in graph.sites):
         compat.trace_artifact(f"gatefuse_{graph.name}", lambda: str(Report([graph])))
 

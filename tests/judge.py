@@ -48,7 +48,7 @@ class Suite:
 # --- the plugin ---------------------------------------------------------------------------------
 
 _OUTCOMES: dict[str, dict[str, Any]] = {}
-_RESULTS, _ENABLED = "GATEFUSE_JUDGE_RESULTS", "GATEFUSE_JUDGE_ENABLED"
+_RESULTS, _ENABLED = "JUDGE_RESULTS", "JUDGE_ENABLED"
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -113,8 +113,8 @@ class GateFusionPass(CustomGraphPass):
                 sites.append(site)
             else:
                 entry.rejections.append(_rejection_report(Rejection(site.sigmoid, reason)))
-        dump = settings.dump_directory()
-        wanted = dump is not None or recording.recording() or recording.graphs_wanted()
+        dumped = settings.dump_directory() is not None
+        wanted = dumped or recording.recording() or recording.graphs_wanted()
         keep_text = bool(sites) and wanted
         if keep_text:
             entry.before = recording.readable(graph, f"gatefuse before {entry.name}")
@@ -131,8 +131,6 @@ class GateFusionPass(CustomGraphPass):
             entry.fused,
             len(entry.rejections),
         )
-        if dump is not None:
-            recording.dump(entry, dump)
         if phase in ("inference", "forward") and self.options.expect > 0:
             fused = entry.fused + _fused_in_subgraphs(graph)
             if fused < self.options.expect:
