@@ -6,6 +6,7 @@ The only module that looks at a version. Everything else asks here.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -71,8 +72,11 @@ def switched_off() -> str | None:
     dynamo: Any = sys.modules.get("torch._dynamo")
     if dynamo is None:
         return None
+    for variable in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+        if os.environ.get(variable) == "1":
+            return f"{variable} is set"
     if dynamo.config.disable:
-        return "TORCH_COMPILE_DISABLE, or torch._dynamo.config.disable, is set"
+        return "torch._dynamo.config.disable is set"
     if getattr(getattr(dynamo.eval_frame, "_stance", None), "stance", "") == "force_eager":
         return 'torch.compiler.set_stance("force_eager") is in force'
     return None
