@@ -27,7 +27,7 @@ from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.fx_utils import widens
 from gatefuse.inductor.match_gate import find_sites
 from gatefuse.inductor.rewriter import DifferentResult, _check_same
-from tests.test_guards import BF16, SHAPES, Guard, gate
+from tests.support.guards import BF16, SHAPES, Guard, gate
 
 aten = torch.ops.aten
 
