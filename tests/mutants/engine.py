@@ -48,8 +48,12 @@ def first_difference(mutant: Mutant, corpus: Corpus) -> str | None:
     return None
 
 
-def first_failure(mutant: Mutant, tests: list[str]) -> str | None:
-    """Run tests, code generation left out; the name of the first that fails."""
+def first_failure(mutant: Mutant, corpus: Corpus) -> str | None:
+    """Run the tests that call the mutant's function, code generation left out; the name of the
+    first that fails."""
+    tests = [test for test, called in corpus.passed.items() if mutant.function in called]
+    if not tests:
+        return None
     signal.alarm(_SECONDS[1])
     _put_in_place(mutant)
     failed: list[str] = []
