@@ -51,6 +51,11 @@ def function_of_the_complement(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
     return g * v + torch.tanh(1 - g)
 
 
+def complement_beside_the_product(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
+    g = gate(x, w)
+    return g * v, (1 - g) * r
+
+
 def value_is_the_complement(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
     g = gate(x, w).expand(6, 16)
     return g * (1 - g) + r
@@ -133,6 +138,16 @@ GUARDS = [
         ("part of another site",),
     ),
     Guard("one-logit-two-sigmoids", one_logit_two_sigmoids, 1, ("part of another site",)),
+    Guard("one-row-expanded", lambda x, w, v: gate(x.view(1, 16), w).view(1).expand(16) * v, 1,
+          sizes={"x": (16,), "v": (16,)}),
+    Guard("gates-repeated", lambda x, w, v: gate(x, w).view(2, 3).repeat(1, 2) * v, 0,
+          ("goes into aten.repeat",), sizes={"v": (2, 6)}),
+    Guard("batches-of-gates-transposed", lambda x, w, v: gate(x, w).transpose(0, 1) * v, 0,
+          ("goes into aten.transpose",), sizes={"x": (2, 3, 16), "v": (3, 2, 16)}),
+    Guard("gates-transposed", lambda x, w, v: gate(x, w).view(2, 3).t().reshape(6, 1) * v, 0,
+          ("goes into aten.t",)),
+    Guard("gates-in-rows", lambda x, w, v: gate(x, w).transpose(1, 2).reshape(2, 3, 1) * v, 1,
+          sizes={"x": (2, 3, 16), "v": (2, 3, 16)}),
     # The addend.
     Guard("addend-is-a-number", lambda x, w, v: gate(x, w) * v + 1.0, 1),
     Guard("addend-is-the-product", doubled, 1),
@@ -169,6 +184,7 @@ GUARDS = [
           1, addends=1, sizes={"b": (6, 16)}),
     Guard("lerp-with-views", lerp_with_views, 0, ("a lerp",)),
     Guard("function-of-the-complement", function_of_the_complement, 1),
+    Guard("complement-beside-the-product", complement_beside_the_product, 1),
     Guard("value-is-the-complement", value_is_the_complement, 0, ("value depends on the logit",)),
     Guard("expanded-to-itself", lambda x, w, v: gate(x, w).expand(6, 1) * v, 1),
     # Logits that are used elsewhere, of sizes known only when the code runs.
@@ -178,6 +194,8 @@ GUARDS = [
     Guard("batches-kept", batches_kept, 1, sizes={"x": (2, 3, 4, 16), "v": (2, 3, 4, 16)},
           tracing="symbolic"),
     Guard("more-dimensions-kept", more_dimensions_kept, 0, ("not one per row",),
+          sizes={"x": (2, 3, 16), "w": (16, 1, 1), "v": (2, 3, 16)}, tracing="symbolic"),
+    Guard("more-dimensions", lambda x, w, v: more_dimensions_kept(x, w, v)[0], 1,
           sizes={"x": (2, 3, 16), "w": (16, 1, 1), "v": (2, 3, 16)}, tracing="symbolic"),
     Guard("one-dimension-more-kept", one_dimension_more_kept, 1, sizes={"w": (16, 1, 1)},
           tracing="symbolic"),

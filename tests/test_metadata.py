@@ -79,12 +79,16 @@ def with_linear(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
     return r + gate(x, w).expand(6, 16) * v
 
 
+def with_columns(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    return torch.sigmoid((x.unsqueeze(-1) * w.view(16, 1)).sum(1)) * v
+
+
 def with_sum(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
     g = torch.sigmoid((x.view(6, 16).float() * w).sum(-1, True)).to(BF16)
     return torch.addcmul(r, g, v)
 
 
-@pytest.mark.parametrize("fn", [with_linear, with_sum])
+@pytest.mark.parametrize("fn", [with_linear, with_sum, with_columns])
 def test_nodes_without_metadata(fn: Callable[..., Any]) -> None:
     """Whichever it is, its gate is fused or left alone with a reason."""
     for i in range(len(traced(fn).nodes) - 1):
@@ -126,7 +130,7 @@ ONES = torch.ones(1, 4)
 DIFFERENT = {
     "same": (ONES, ONES, True, True),
     "dtype": (ONES, ONES.half(), True, False),
-    "shape": (ONES, ONES.t(), True, False),
+    "shape": (torch.ones(2, 4), torch.ones(3, 4), True, False),
     "strides": (torch.ones(2, 4), torch.ones(4, 2).t(), True, False),
     "strides-do-not-count": (torch.ones(2, 4), torch.ones(4, 2).t(), False, True),
     "strides-of-size-one": (ONES, ONES.as_strided((1, 4), (7, 1)), True, True),
@@ -228,3 +232,6 @@ def test_a_packed_linear(width: int, packed: bool) -> None:
     node.target = functools.partial(torch.tanh)
     expected = ["the linear is packed for the CPU (freezing)"] * packed
     assert [r.reason for r in find_sites(graph)[1]] == expected
+    for without in (*node.users, node):
+        del without.meta["val"]
+        assert find_sites(graph)[1] == []

@@ -33,6 +33,16 @@ def scaled_and_by_tanh(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
     return z * v, torch.tanh(z) * r
 
 
+def one_of(functions: int) -> Callable[..., Any]:
+    """The search for the product stops after 48 nodes."""
+
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Any:
+        z = F.linear(x, w)
+        return [z + i for i in range(functions - 1)], torch.tanh(z) * v
+
+    return fn
+
+
 GUARDS = [
     Guard("scaled-and-by-tanh", scaled_and_by_tanh, 0, ("aten.tanh",)),
     Guard("tanh-bounds", lambda x, w, v: torch.maximum(torch.tanh(F.linear(x, w)), v)),
@@ -77,6 +87,8 @@ GUARDS = [
           sizes={"v": (6, 3)}),
     Guard("twelve-functions", repeatedly(torch.tanh, 12), 0, ("aten.tanh",)),
     Guard("thirteen-functions", repeatedly(torch.tanh, 13)),
+    Guard("one-of-forty-eight-functions", one_of(48), 0, ("aten.tanh",)),
+    Guard("one-of-forty-nine-functions", one_of(49)),
     Guard(
         "tanh-of-a-total",
         lambda x, w, v: torch.tanh(F.linear(x, w).sum()) * v,

@@ -70,15 +70,18 @@ def test_a_body_that_writes_is_not_passed() -> None:
     for body, fused in ((lambda v: v + 1.0, 1), (body_that_writes, 0)):
         module = torch.fx.GraphModule(torch.nn.Module(), copy_of(graph))
         module.body = make_fx(body, tracing_mode="fake")(randn(6, 16))
+        module.v_1 = make_fx(body_that_writes, tracing_mode="fake")(randn(6, 16))  # no argument
+        module.register_buffer("constant", randn(1))
         (linear,) = module.graph.find_nodes(op="call_function", target=aten.mm.default)
         value = module.graph.find_nodes(op="placeholder")[2]
         with module.graph.inserting_after(linear):
             call = module.graph.call_function(
                 torch.ops.higher_order.invoke_subgraph,
-                (module.graph.get_attr("body"), "body", value),
+                (module.graph.get_attr("body"), "body", value, module.graph.get_attr("constant")),
             )
             call.meta["val"] = (value.meta["val"],)
         call.prepend(call.args[0])
+        call.prepend(call.args[3])
         sites, rejections = find_sites(module.graph)
         assert len(sites) == fused
         assert ["memory is written" in r.reason for r in rejections] == [True] * (1 - fused)

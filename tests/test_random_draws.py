@@ -144,6 +144,16 @@ def test_one_draw_in_a_graph_has_no_order(draws: int) -> None:
     assert ["random numbers" in r.reason for r in rejections] == [True] * (draws == 2)
 
 
+def test_one_draw_for_two_gates() -> None:
+    """It is counted once, however many gates ask."""
+
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Any:
+        drawn = torch.rand_like(v)
+        return [torch.sigmoid(F.linear(t, w)) * drawn for t in (x, v)]
+
+    assert len(find_sites(traced(fn, randn(6, 16), randn(1, 16)))[0]) == 2
+
+
 def two_attentions(x: Tensor, w: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
     for _ in range(2):
         rows = v.unflatten(1, (1, 4, 4)).transpose(0, 1)
