@@ -155,6 +155,8 @@ GUARDS = [
     Guard("width-not-last-and-rounded", lambda x, w, v: torch.sigmoid(
           (x.unsqueeze(-1).to(BF16) * w).sum(1)) * v, 0, ("not in its last dimension",),
           sizes={"w": (16, 1)}, dtypes={"w": BF16}),
+    Guard("width-not-last-and-widened", lambda x, w, v: torch.sigmoid(
+          (x.unsqueeze(-1).float() * w).sum(1)) * v, 1, sizes={"w": (16, 1)}, dtypes={"x": BF16}),
     Guard("sum-of-the-columns", lambda x, w, v: torch.sigmoid(
           (x.t() * w).sum(-1, True)) * v, 1, sizes={"x": (16, 16), "v": (16, 16)}),
     Guard("sums-of-the-columns", lambda x, w, v: torch.sigmoid(

@@ -106,7 +106,7 @@ class Corpus:
             vals = map(_described, graph.nodes)
             key = (str(graph), *vals, repr(options), phase, str(settings))
             copied = _copied(graph)
-        except (AttributeError, TypeError):  # a function without a name, or no arguments
+        except Exception:  # no text can be made of it: a function has no name, or no arguments
             return
         if key not in self._seen:
             self._seen.add(key)
