@@ -27,7 +27,7 @@ from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.fx_utils import widens
 from gatefuse.inductor.match_gate import find_sites
 from gatefuse.inductor.rewriter import DifferentResult, _check_same
-from tests.test_guards import BF16, SHAPES, Guard, gate
+from tests.support.guards import BF16, SHAPES, Guard, gate
 
 aten = torch.ops.aten
 
@@ -79,12 +79,16 @@ def with_linear(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
     return r + gate(x, w).expand(6, 16) * v
 
 
+def with_columns(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    return torch.sigmoid((x.unsqueeze(-1) * w.view(16, 1)).sum(1)) * v
+
+
 def with_sum(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Any:
     g = torch.sigmoid((x.view(6, 16).float() * w).sum(-1, True)).to(BF16)
     return torch.addcmul(r, g, v)
 
 
-@pytest.mark.parametrize("fn", [with_linear, with_sum])
+@pytest.mark.parametrize("fn", [with_linear, with_sum, with_columns])
 def test_nodes_without_metadata(fn: Callable[..., Any]) -> None:
     """Whichever it is, its gate is fused or left alone with a reason."""
     for i in range(len(traced(fn).nodes) - 1):
@@ -126,7 +130,7 @@ ONES = torch.ones(1, 4)
 DIFFERENT = {
     "same": (ONES, ONES, True),
     "dtype": (ONES, ONES.half(), False),
-    "shape": (ONES, ONES.t(), False),
+    "shape": (torch.ones(2, 4), torch.ones(3, 4), False),
     "strides": (torch.ones(2, 4), torch.ones(4, 2).t(), False),
     "strides-of-size-one": (ONES, ONES.as_strided((1, 4), (7, 1)), True),
 }
@@ -227,3 +231,7 @@ def test_a_packed_linear(width: int, packed: bool) -> None:
     node.target = functools.partial(torch.tanh)
     expected = ["the linear is packed for the CPU (freezing)"] * packed
     assert [r.reason for r in find_sites(graph)[1]] == expected
+    for without in (*node.users, node):
+        val = without.meta.pop("val")
+        assert find_sites(graph)[1] == []
+        without.meta["val"] = val

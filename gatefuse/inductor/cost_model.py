@@ -91,7 +91,7 @@ def choose_placement(
     if wanted != "auto":
         return wanted, "forced by option"
     for name, operand in (("input", input), ("value", value), ("addend", addend)):
-        if operand is not None and _made_by_inductor(operand):
+        if _made_by_inductor(operand):
             return "inline", f"the {name} is made by a kernel of Inductor's"
     user = _fusible_user(node)
     if user is not None:

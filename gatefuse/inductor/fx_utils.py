@@ -153,15 +153,16 @@ def source_of(node: Node) -> Node:
 
 
 def widens(node: Node) -> bool:
-    """Whether a float conversion keeps every value."""
-    source, result = val_of(arguments(node)[0]), val_of(node)
-    assert source is not None and result is not None
-    return source.dtype == result.dtype or _PRECISION[source.dtype] < _PRECISION[result.dtype]
+    """A float conversion that keeps every value."""
+    if not is_float_conversion(node):
+        return False
+    given, to = tensor_of(source_of(node), "a value").dtype, tensor_of(node, "a value").dtype
+    return given == to or _PRECISION[given] < _PRECISION[to]
 
 
 def wide_source(node: Node) -> Node:
     """Walks up through conversions that lose nothing (the op computes in float32 anyway)."""
-    while is_float_conversion(node) and widens(node):
+    while widens(node):
         node = source_of(node)
     return node
 
@@ -174,26 +175,19 @@ def roundings(nodes: Iterable[Node]) -> tuple[torch.dtype, ...]:
 
 
 def row_source(node: Node, width: Any) -> Node | None:
-    """The nearest node above, or ``node``, that holds the same elements in rows of ``width``."""
-    current: Node | None = node
-    found: Node | None = None
-    while current is not None:
-        val = val_of(current)
-        if val is not None and val.dim() >= 1 and known(val.shape[-1] == width):
-            found = current
-            if not (is_float_conversion(current) and widens(current)):
-                return found
-        if is_shape_op(current) or (is_float_conversion(current) and widens(current)):
-            current = source_of(current)
-        else:
-            return found
-    return found
+    """The nearest node above, or ``node``, that has the same elements in rows of ``width``, and
+    before conversions that lose nothing."""
+    while (val := val_of(node)) is None or not known(val.shape[-1] == width):
+        if not (is_shape_op(node) or widens(node)):
+            return None
+        node = source_of(node)
+    return wide_source(node)
 
 
 def weight_source(node: Node, width: Any) -> Node:
     """The parameter behind a weight operand: as far up as it is ``[1, width]`` or ``[width]``."""
     best = current = node
-    while is_shape_op(current) or (is_float_conversion(current) and widens(current)):
+    while is_shape_op(current) or widens(current):
         current = source_of(current)
         val = val_of(current)
         if val is not None and val.dim() in (1, 2) and known(val.shape[-1] == width):

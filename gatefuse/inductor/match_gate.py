@@ -174,8 +174,6 @@ def _broadcast_problem(gate: Any, value: Any, out: Any) -> str | None:
         return "one gate serves several rows of the value"
     if known(out[-1] == 1):
         return "the value is one element wide: nothing to broadcast"
-    if not (known(gate[-1] == 1) or known(gate[-1] == out[-1])):
-        return "the gate is elementwise"
     return None
 
 

@@ -13,7 +13,6 @@ from gatefuse.inductor.fx_utils import (
     arguments,
     batch_fusion_note,
     described,
-    is_float_conversion,
     is_neutral,
     known,
     numel_is_one,
@@ -94,7 +93,7 @@ def _linear_of_mm(x: Node, w: Node, bias: Node | None, cut_to: Shape | None) -> 
 def _match_sum(node: Node) -> Linear:
     """``sum(input * weight)`` over the width: coordinate descent and handwritten code."""
     product, dims, *_ = arguments(node)
-    while is_float_conversion(product) and widens(product):
+    while widens(product):
         product = source_of(product)
     if product.target is not aten.mul.Tensor:
         raise _not_linear(product)

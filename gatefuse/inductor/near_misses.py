@@ -9,7 +9,7 @@ from collections.abc import Iterator, Set
 import torch
 from torch.fx import Graph, Node
 
-from gatefuse.inductor.fx_utils import described, known, same_shape, val_of
+from gatefuse.inductor.fx_utils import described, known, same_shape, tensor_of, val_of
 from gatefuse.inductor.match_linear import PACKED
 
 __all__ = ["near_misses", "scales_rows_in_part"]
@@ -54,9 +54,9 @@ def _functions_to_product(linear: Node) -> list[Node]:
     queue: list[tuple[Node, list[Node]]] = [(linear, [])]
     seen: set[Node] = set()
     for node, functions in queue:
-        val = val_of(node)
-        if val is None or node in seen or len(seen) > 4 * _FARTHEST:
+        if node in seen or len(seen) > 4 * _FARTHEST:
             continue
+        val = tensor_of(node, "a node on the way")
         seen.add(node)
         for user in node.users:
             out = val_of(user)
@@ -99,7 +99,5 @@ def scales_rows_in_part(sigmoid: Node) -> bool:
 def _per_row(node: Node, source: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether a node computes a value or two for each row, as an activation does, from ``source``,
     which has one or two."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
     wide = not (known(out.shape[-1] == 1) or known(out.shape[-1] == 2))
     return not wide or same_shape(out.shape, source.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -91,22 +91,26 @@ class Outcome:
 
 @dataclass
 class Corpus:
-    """passed: the tests that pass under :func:`interpreted`, as pytest names them."""
+    """passed: the tests that pass under :func:`interpreted`, as pytest names them, each with the
+    functions that it calls if it is one of those to run again."""
 
     entries: list[Entry] = field(default_factory=list)
-    passed: list[str] = field(default_factory=list)
+    passed: dict[str, set[str]] = field(default_factory=dict)
     _seen: set[tuple[Any, ...]] = field(default_factory=set)
 
     def add(self, graph: Graph, options: gatefuse.Options, phase: str) -> None:
         if len(graph.nodes) > _LARGEST:
             return
         settings = {n: getattr(config, n) for n in _SETTINGS if hasattr(config, n)}
-        vals = map(_described, graph.nodes)
-        key = (str(graph), *vals, repr(options), phase, str(settings))
+        try:
+            vals = map(_described, graph.nodes)
+            key = (str(graph), *vals, repr(options), phase, str(settings))
+            copied = _copied(graph)
+        except Exception:  # no text can be made of it: a function has no name, or no arguments
+            return
         if key not in self._seen:
             self._seen.add(key)
-            with contextlib.suppress(AttributeError):  # a function without a name
-                self.entries.append(Entry(_copied(graph), options, phase, settings))
+            self.entries.append(Entry(copied, options, phase, settings))
 
 
 def _described(node: Node) -> str:
@@ -171,14 +175,23 @@ def interpreted() -> Iterator[None]:
 
 
 class _Passed:
-    """A plugin of pytest's that notes which tests pass."""
+    """A plugin of pytest's that notes which tests pass, and what some of them call."""
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: Corpus, run_again: tuple[str, ...]) -> None:
         self.corpus = corpus
+        self.run_again = run_again
+        self.called: dict[str, set[str]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, None, None]:
+        if not item.nodeid.startswith(self.run_again):
+            return (yield)
+        with _called_functions() as self.called[item.nodeid]:
+            return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
-            self.corpus.passed.append(report.nodeid)
+            self.corpus.passed[report.nodeid] = self.called.get(report.nodeid, set())
 
 
 @contextlib.contextmanager
@@ -192,9 +205,12 @@ def _called_functions() -> Iterator[set[str]]:
         sys.setprofile(None)
 
 
-def record(files: Sequence[str]) -> Corpus:
+def record(files: Sequence[str], run_again: tuple[str, ...] = ()) -> Corpus:
     """Run test files, code generation left out; keep every graph that the pass or the matcher is
-    given."""
+    given.
+
+    run_again: how the names of those tests begin of which is noted what they call.
+    """
     corpus = Corpus()
     call, find = fusion_pass.GateFusionPass.__call__, match_gate.find_sites
 
@@ -212,7 +228,7 @@ def record(files: Sequence[str]) -> Corpus:
         interpreted(),
     ):
         arguments = [*files, "-q", "-p", "no:cacheprovider", "--tb=no", "--show-capture=no"]
-        pytest.main(arguments, plugins=[_Passed(corpus)])
+        pytest.main(arguments, plugins=[_Passed(corpus, run_again)])
     corpus.entries.sort(key=lambda entry: len(entry.graph.graph.nodes))
     for entry in corpus.entries:
         with _called_functions() as entry.functions:

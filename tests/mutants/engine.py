@@ -20,8 +20,8 @@ from tests.mutants.mutations import Mutant
 
 __all__ = ["first_difference", "first_failure", "in_children"]
 
-_SECONDS = 60, 600
-"""For which a child may replay graphs, and run tests; one that takes longer is a killed mutant."""
+_SECONDS = 60, 300
+"""Processor time in which a child may replay graphs, and run tests: a mutant may never end."""
 
 
 def _put_in_place(mutant: Mutant) -> None:
@@ -35,7 +35,7 @@ def _put_in_place(mutant: Mutant) -> None:
 
 def first_difference(mutant: Mutant, corpus: Corpus) -> str | None:
     """Replay the graphs whose matching calls the mutant's function; what differs first."""
-    signal.alarm(_SECONDS[0])
+    signal.setitimer(signal.ITIMER_PROF, _SECONDS[0])
     _put_in_place(mutant)
     for i, entry in enumerate(corpus.entries):
         if mutant.function in entry.functions:
@@ -48,9 +48,13 @@ def first_difference(mutant: Mutant, corpus: Corpus) -> str | None:
     return None
 
 
-def first_failure(mutant: Mutant, tests: list[str]) -> str | None:
-    """Run tests, code generation left out; the name of the first that fails."""
-    signal.alarm(_SECONDS[1])
+def first_failure(mutant: Mutant, corpus: Corpus) -> str | None:
+    """Run the tests that call the mutant's function, code generation left out; the name of the
+    first that fails."""
+    tests = [test for test, called in corpus.passed.items() if mutant.function in called]
+    if not tests:
+        return None
+    signal.setitimer(signal.ITIMER_PROF, _SECONDS[1])
     _put_in_place(mutant)
     failed: list[str] = []
 
@@ -80,8 +84,8 @@ def in_children(
             with open(pipe, encoding="utf-8") as stream:
                 answer = stream.read()
             _, status = os.waitpid(pid, 0)
-            if status:
-                yield mutant, f"the process ended with status {status}"
+            if os.WIFSIGNALED(status):
+                yield mutant, f"stopped by {signal.Signals(os.WTERMSIG(status)).name}"
             else:
                 yield mutant, answer or None
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
+from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.support.cuda_rewrites import emulate_coordinate_descent
 
@@ -69,3 +71,18 @@ def post_grad_graph(
         torch.compile(fn, dynamic=dynamic)(*inputs)
     assert len(graphs) == 1, f"{len(graphs)} graphs"
     return graphs[0]
+
+
+def traced(fn: Callable[..., Any], *inputs: Tensor) -> Graph:
+    """A graph of ``fn`` on ``inputs``, and on as many more of the first one's shape as it takes."""
+    missing = fn.__code__.co_argcount - len(inputs)
+    more = [torch.randn_like(inputs[0]) for _ in range(missing)]
+    return make_fx(fn, tracing_mode="fake")(*inputs, *more).graph
+
+
+def copy_of(graph: Graph) -> Graph:
+    copied, values = Graph(), {}
+    copied.output(copied.graph_copy(graph, values))
+    for old, new in values.items():
+        new.meta = dict(old.meta)
+    return copied
