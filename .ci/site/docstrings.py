@@ -12,7 +12,7 @@ from typing import Any
 import griffe
 
 _ROLE = re.compile(r":(?:class|func|mod|data|meth):`~?([\w.]+)`")
-_MEMBER = re.compile(r"^(\w+(?:, \w+)*): ", re.M)
+_MEMBER = re.compile(r"(?:^|(?<=\. ))(\w+(?:, \w+)*): ", re.M)
 
 
 class Docstrings(griffe.Extension):
