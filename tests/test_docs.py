@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from tests.support import markdown
 from tests.support.comparison import INSTALLED
 from tests.support.programs import REPOSITORY
 
-GATES = 24  # as many as the README's examples expect
+LAYERS, GATES = 24, 2  # gates of the model in the examples, and of the one they are run on here
 PAGES = sorted(
     path
     for path in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
@@ -61,15 +63,16 @@ def test_links_in_prose_and_headings_are_read(tmp_path: Path) -> None:
 
 
 class Gated(nn.Module):
-    """As many gates as the examples expect, in the smallest model."""
+    """The smallest model with some gates, one after the other."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gates = nn.ModuleList(nn.Linear(8, 1, bias=False) for _ in range(GATES))
+        self.expert = nn.Linear(8, 8, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         for gate in self.gates:
-            x = x + torch.sigmoid(gate(x)) * x
+            x = torch.sigmoid(gate(x)) * self.expert(x)
         return x
 
 
@@ -95,7 +98,9 @@ def test_code_runs(
     model, tokens = Gated(), torch.randn(4, 8)
     names: dict[str, Any] = dict(torch=torch, gatefuse=gatefuse, model=model, tokens=tokens)
     names |= dict(gates=GATES, compiled_model=compiled(model), report=gatefuse.Report())
-    code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+    text = block.code.replace(f"expect={LAYERS}", f"expect={GATES}")
+    text = text.replace(f'expect": {LAYERS}', f'expect": {GATES}')
+    code = compile("\n" * (block.line - 1) + text, str(page), "exec")
     try:
         exec(code, names)
     except ModuleNotFoundError as error:
@@ -124,9 +129,6 @@ def test_the_site_builds(tmp_path: Path) -> None:
     the repository."""
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
-    import os
-    import sys
-
     environment = os.environ | {"REPOSITORY_URL": "https://host/owner/name"}
     environment |= {"REPOSITORY_REF": "main", "NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
