@@ -1,7 +1,7 @@
 """An extension of griffe: docstrings as Markdown.
 
-gatefuse's docstrings are prose with reStructuredText's roles, `:func:`, and a paragraph `name: what it
-is` for each argument or field.
+gatefuse's docstrings are prose, with reStructuredText's roles (`:func:`) and, for each argument or
+field, `name: what it is`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class Docstrings(griffe.Extension):
     """Roles become links within the page, arguments and fields a list."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of one object of gatefuse."""
         if obj.docstring is None or not obj.path.startswith("gatefuse"):
             return
         names = _members(obj)

@@ -1,4 +1,4 @@
-"""A hook of MkDocs: Markdown outside of docs/ becomes pages, links to source files go to the repository.
+"""A hook of MkDocs: links out of docs/ go to other pages of the site, or else to the repository.
 
 The pages are written for GitHub, where `../tests/test_forms.py` is a file of the repository.
 """
@@ -23,6 +23,7 @@ _CODE = re.compile(r"^(`{3,}).*?^\1 *$|`[^`\n]+`", re.M | re.S)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are not in docs/."""
     for path in PAGES:
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
@@ -48,8 +49,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not (ROOT / path).exists():
             return link[0]  # MkDocs will warn of it
         kind = "tree" if (ROOT / path).is_dir() else "blob"
-        # Without a repository, as in a build at home, the link is one to the file on this machine.
-        base = f"{config.repo_url.rstrip('/')}/{kind}/{_branch()}" if config.repo_url else _local()
+        branch = os.environ.get("REPOSITORY_REF", "main")
+        # A build at home, which knows no repository, links to the files on this machine.
+        base = f"{config.repo_url}/{kind}/{branch}" if config.repo_url else ROOT.as_uri()
         return f"{base}/{path}{anchor}"
 
     def outside_code(text: str) -> str:
@@ -60,11 +62,3 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         parts += [outside_code(markdown[end : code.start()]), code[0]]
         end = code.end()
     return "".join([*parts, outside_code(markdown[end:])])
-
-
-def _branch() -> str:
-    return os.environ.get("REPOSITORY_REF", "main")
-
-
-def _local() -> str:
-    return ROOT.as_uri()

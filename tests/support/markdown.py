@@ -17,7 +17,8 @@ _HEADING = re.compile(r"^#{1,6} +(.+?) *#*$")
 class Block:
     """A fenced code block.
 
-    note: the text of the HTML comment in the line before it, or "". line: of its first line of code.
+    note: the text of the HTML comment in the line before it, or "". line: of its first line in the
+    file.
     """
 
     language: str
