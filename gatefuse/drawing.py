@@ -7,6 +7,7 @@ beside it, on the side on which the operator takes them. An operand is drawn at 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,8 +16,8 @@ from gatefuse.records import DrawnNode
 
 __all__ = ["svg"]
 
-_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 124, 44, 16, 26, 3
-_LETTERS = 19
+_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 122, 44, 10, 26, 3
+_LETTERS = 18
 """Of a box's text, in one line."""
 
 
@@ -95,23 +96,28 @@ def _place(nodes: dict[str, DrawnNode]) -> tuple[list[_Box], list[tuple[_Box, _B
     operands = []
     for user in boxes.values():
         only_operands = not any(nodes[i].inputs for i in user.node.inputs)
-        for source, side in main_and_sides(user.node):
+        for i, (source, side) in enumerate(main_and_sides(user.node)):
             if not nodes[source].inputs:
-                places = _around(user, side, only_operands)
-                operands.append(box(source, places))
+                row = [_in_rows(user, i, len(user.node.inputs))] if only_operands else []
+                operands.append(box(source, itertools.chain(row, _beside(user, side))))
                 edges.append((operands[-1], user))
     return [*boxes.values(), *operands], edges
 
 
-def _around(user: _Box, side: int, only_operands: bool) -> Iterator[tuple[int, float]]:
-    """Where an operand may stand, the best place first."""
-    rank, column = user.rank + 1, user.column
-    yield rank, column + side
-    yield rank, column - side
-    if only_operands:  # a second row, with edges between the boxes of the first
-        yield from ((rank, column - 1), (rank, column + 1))
-        yield from ((rank + 1, column - 0.5), (rank + 1, column + 0.5))
-    yield from ((rank, column + (side or 1) * i) for i in itertools.count(2))
+def _in_rows(user: _Box, index: int, of: int) -> tuple[int, float]:
+    """The place of an operand of a node that has nothing but operands: three in the row above it,
+    further ones above the gaps between those."""
+    if of <= 3 or index < 3:
+        return user.rank + 1, user.column + index - (min(of, 3) - 1) / 2
+    return user.rank + 2, user.column + index - 3.5
+
+
+def _beside(user: _Box, side: int) -> Iterator[tuple[int, float]]:
+    """Where an operand may stand next to a node's other inputs, the best place first."""
+    rank = user.rank + 1
+    yield rank, user.column + side
+    yield rank, user.column - side
+    yield from ((rank, user.column + (side or 1) * i) for i in itertools.count(2))
 
 
 def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
@@ -133,12 +139,16 @@ def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
 def _box(node: DrawnNode, x: int, y: int) -> str:
     ours = node.operator.startswith("gatefuse.")
     kind = "ours" if ours else "operator" if node.inputs else "operand"
-    label = node.operator.removeprefix("gatefuse.").removeprefix("aten.").removeprefix("prims.")
+    label = node.operator
+    if node.inputs:  # without namespace and overload
+        label = re.sub(r"^(?:aten|prims|gatefuse)\.(\w+).*", r"\1", label)
+        label = label.replace("convert_element_type", "convert")
     middle = x + _WIDTH // 2
+    fit = f' textLength="{_WIDTH - 12}" lengthAdjust="spacingAndGlyphs"' if len(label) > 15 else ""
     return (
         f'<g class="{kind}"><title>{escape(f"{node.name}: {node.operator}")}</title>'
         f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="7"/>'
-        f'<text x="{middle}" y="{y + 18}">{escape(_short(label))}</text>'
+        f'<text x="{middle}" y="{y + 18}"{fit}>{escape(_short(label))}</text>'
         f'<text class="type" x="{middle}" y="{y + 34}">{escape(_short(node.type))}</text></g>'
     )
 

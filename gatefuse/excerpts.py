@@ -25,6 +25,7 @@ _STORE = re.compile(r"tl\.store\((\w+)|\.store\((\w+)|^\s*(\w*out_ptr\d+)\[.*\] 
 _ASSIGNMENT = re.compile(r"^\s*(?:[\w:<>,]+ )?(\w+) = ")
 _SIGMOID = re.compile(r"\bsigmoid\(|\)\(1\)/\(decltype")
 _MULTIPLY = re.compile(r"\btmp\w* \* \w*tmp|mul_rn\(")
+_SUM = re.compile(r"tl\.sum\(|vec_reduce_all|tmp_acc")
 _ADD = re.compile(r"\btmp\w* \+ \w*tmp")
 
 
@@ -112,51 +113,51 @@ class _Flow:
             if target is not None:
                 written[target] = i
 
-    def down(self, start: Iterable[int], last: Callable[[str], object]) -> tuple[set[int], set[int]]:
+    def down(self, start: Iterable[int], last: Callable[[int], object]) -> tuple[set[int], set[int]]:
         """Lines that use what ``start`` computes, up to and with those where it ends: all of them,
         and those where it ends."""
+        return self._walk(self.readers, start, last)
+
+    def up(self, start: int, last: Callable[[int], object]) -> set[int]:
+        """Lines that make what a line uses, up to and with the ``last`` ones."""
+        return self._walk(self.sources, [start], last)[0]
+
+    def _walk(
+        self, steps: list[set[int]], start: Iterable[int], last: Callable[[int], object]
+    ) -> tuple[set[int], set[int]]:
         seen, ends = set(start), set[int]()
         stack = list(seen)
         while stack:
-            for reader in self.readers[stack.pop()] - seen:
-                seen.add(reader)
-                if last(self.lines[reader]):
-                    ends.add(reader)
+            for line in steps[stack.pop()] - seen:
+                seen.add(line)
+                if last(line):
+                    ends.add(line)
                 else:
-                    stack.append(reader)
+                    stack.append(line)
         return seen, ends
-
-    def up(self, start: int) -> set[int]:
-        """Lines that make what a line uses."""
-        seen, stack = {start}, [start]
-        while stack:
-            new = self.sources[stack.pop()] - seen
-            seen |= new
-            stack.extend(new)
-        return seen
 
 
 def _marked(kernel: _Kernel, weight: str | None, site: SiteReport) -> set[int]:
-    flow = _Flow(kernel.lines)
-    signature = kernel.lines[: next((i for i, x in enumerate(kernel.lines) if ")" in x), 0) + 1]
+    lines = kernel.lines
+    flow = _Flow(lines)
+    signature = lines[: next((i for i, line in enumerate(lines) if ")" in line), 0) + 1]
     parameters = _NAME.findall("\n".join(signature))
     marked = set[int]()
     if weight in kernel.arguments and (at := kernel.arguments.index(weight)) < len(parameters):
         reads = re.compile(rf"\b{parameters[at]}\b")
-        body = range(len(signature), len(kernel.lines))
-        loads = [i for i in body if reads.search(kernel.lines[i])]
-        marked, _ = flow.down(loads, _SIGMOID.search)
-    sigmoids = [i for i, line in enumerate(kernel.lines) if _SIGMOID.search(line)]
+        loads = [i for i in range(len(signature), len(lines)) if reads.search(lines[i])]
+        marked, _ = flow.down(loads, lambda i: _SIGMOID.search(lines[i]))
+    sigmoids = [i for i, line in enumerate(lines) if _SIGMOID.search(line)]
     if inside := [i for i in sigmoids if i in marked]:
         sigmoids = inside
         if len(inside) == 1:  # not what the sum is used for besides the gate
-            marked &= flow.up(inside[0])
+            marked &= flow.up(inside[0], lambda _: False)
     if len(sigmoids) != 1:
         return marked
-    gate, products = flow.down(sigmoids, _MULTIPLY.search)
-    marked |= gate
+    start, products = flow.down(sigmoids, lambda i: _MULTIPLY.search(lines[i]))
+    marked |= start | flow.up(sigmoids[0], lambda i: i in marked or _SUM.search(lines[i]))
     if site.has_addend:
         for product in products:
-            result, sums = flow.down([product], _ADD.search)
+            result, sums = flow.down([product], lambda i: _ADD.search(lines[i]))
             marked |= {i for i in result if sums and i <= min(sums)}
     return marked

@@ -112,7 +112,7 @@ def _group(location: str, line: str | None, found: list[_Site]) -> str:
         ],
     )
     graph, site = found[0]
-    drawn = f" of {escape(site.layer)}" if len(found) > 1 and site.layer else ""
+    drawn = f", in {escape(site.layer)}" if len(found) > 1 and site.layer else ""
     figures = "".join(
         f'<figure class="{when}" tabindex="0"><figcaption>{title}</figcaption>{picture}</figure>'
         for when, title, nodes in (
@@ -134,7 +134,7 @@ def _size(site: SiteReport) -> str:
 
 def _extras(site: SiteReport) -> str:
     extras = (("bias", site.has_bias), ("addend", site.has_addend), ("logit", site.keeps_logit))
-    return ", ".join(name for name, present in extras if present) or "–"
+    return ", ".join(name for name, present in extras if present)
 
 
 def _placement(site: SiteReport) -> str:
@@ -207,21 +207,21 @@ def _breaks(activity: Activity) -> str:
 
 
 def _graphs(graphs: Sequence[GraphReport]) -> str:
-    rows = [
-        (
-            g.name,
-            g.phase,
-            str(g.fused),
-            str(len(g.rejections)),
-            "Inductor’s cache" if g.from_cache else "compiled",
-            without_folders(g.error or ""),
-        )
-        for g in graphs
-    ]
     head = ("graph", "phase", "fused", "left alone", "from", "error")
-    if not any(row[-1] for row in rows):
-        head, rows = head[:-1], [row[:-1] for row in rows]
-    return _table(head, rows)
+    return _table(
+        head,
+        [
+            (
+                g.name,
+                g.phase,
+                str(g.fused),
+                str(len(g.rejections)),
+                "Inductor’s cache" if g.from_cache else "compiled",
+                without_folders(g.error or ""),
+            )
+            for g in graphs
+        ],
+    )
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -244,18 +244,20 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, of which each row starts with its heading; empty without rows."""
+    """A table, of which each row starts with its heading; without the columns that are empty, and
+    empty without rows."""
+    columns = [c for c in zip(head, *rows) if any(c[1:])]
+    if not columns:
+        return ""
+    names, *cells = zip(*columns)
+    top = "".join(f'<th scope="col">{escape(n)}</th>' if n else "<td></td>" for n in names)
     body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
+        f'<tr><th scope="row">{escape(first)}</th>'
+        f"{''.join(f'<td>{escape(cell)}</td>' for cell in others)}</tr>"
+        for first, *others in cells
     )
-    names = "".join(f'<th scope="col">{escape(name)}</th>' if name else "<td></td>" for name in head)
-    top = f"<thead><tr>{names}</tr></thead>" if any(head) else ""
-    return f'<div class="wide" tabindex="0"><table>{top}<tbody>{body}</tbody></table></div>' * bool(
-        body
-    )
+    top = f"<thead><tr>{top}</tr></thead>" if any(names) else ""
+    return f'<div class="wide" tabindex="0"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
 def _source(line: str | None) -> str:

@@ -41,7 +41,7 @@ th,td{text-align:left;vertical-align:top;padding:7px 18px 7px 0;border-top:1px s
 font-variant-numeric:tabular-nums}
 thead th,thead td{border-top:0;color:var(--soft);font-weight:500;white-space:nowrap}
 tbody th{font-weight:600}
-.figures{display:flex;flex-wrap:wrap;gap:16px 28px;margin-top:20px}
+.figures{display:flex;flex-wrap:wrap;gap:20px;margin-top:20px}
 .figures:empty{display:none}
 figure{margin:0;overflow-x:auto;max-width:100%}
 figcaption{color:var(--soft);font-size:.86rem;font-weight:600;margin-bottom:10px}
