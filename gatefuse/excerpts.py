@@ -113,7 +113,9 @@ class _Flow:
             if target is not None:
                 written[target] = i
 
-    def down(self, start: Iterable[int], last: Callable[[int], object]) -> tuple[set[int], set[int]]:
+    def down(
+        self, start: Iterable[int], last: Callable[[int], object]
+    ) -> tuple[set[int], set[int]]:
         """Lines that use what ``start`` computes, up to and with those where it ends: all of them,
         and those where it ends."""
         return self._walk(self.readers, start, last)

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
+import torch
+
 from gatefuse import drawing, excerpts
 from gatefuse.advice import advice
 from gatefuse.origin import layers_as_text, without_folders
@@ -151,12 +153,12 @@ def _kernels(graph: GraphReport, site: SiteReport) -> str:
 
 
 def _kernel(kernel: excerpts.Excerpt) -> str:
+    count = len(kernel.marked)
     if kernel.name.startswith("linear_sigmoid_mul_kernel"):
-        what = "gatefuse’s kernel: all of it is the gate"
-    elif not kernel.marked:
-        what = "contains a part of the gate"
+        what = "gatefuse's own: all of it is the gate"
+    elif not count:
+        what = "with a part of the gate"
     else:
-        count = len(kernel.marked)
         what = f"{count} {'line' if count == 1 else 'lines'} of the gate marked"
     indent = min((len(x) - len(x.lstrip()) for x in kernel.lines if x.strip()), default=0)
     lines = [
@@ -167,8 +169,8 @@ def _kernel(kernel: excerpts.Excerpt) -> str:
     if (more := len(kernel.lines) - _LONGEST) > 0:
         lines.append(f"<span>… {more} more lines</span>")
     return (
-        f"<details><summary><code>{escape(kernel.name)}</code> <small>{kernel.language}, {what}"
-        f'</small></summary><pre tabindex="0" aria-label="Generated code"><code>{"".join(lines)}'
+        f"<details><summary>{kernel.language} kernel, {what}<code>{escape(kernel.name)}</code>"
+        f'</summary><pre tabindex="0" aria-label="Generated code"><code>{"".join(lines)}'
         "</code></pre></details>"
     )
 
@@ -200,7 +202,7 @@ def _others(graphs: Sequence[GraphReport]) -> str:
 def _breaks(activity: Activity) -> str:
     return "".join(
         f"<details><summary>{escape(lines[0])}{f' <small>{n} times</small>' if n > 1 else ''}"
-        f'</summary><pre tabindex="0" aria-label="PyTorch’s reason">{escape(text)}</pre></details>'
+        f'</summary><pre tabindex="0" aria-label="The reason">{escape(text)}</pre></details>'
         for reason, n in activity.breaks.items()
         if (text := without_folders(reason).strip()) and (lines := text.splitlines())
     )
@@ -216,7 +218,7 @@ def _graphs(graphs: Sequence[GraphReport]) -> str:
                 g.phase,
                 str(g.fused),
                 str(len(g.rejections)),
-                "Inductor’s cache" if g.from_cache else "compiled",
+                "Inductor's cache" if g.from_cache else "compiled",
                 without_folders(g.error or ""),
             )
             for g in graphs
@@ -225,22 +227,17 @@ def _graphs(graphs: Sequence[GraphReport]) -> str:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    import torch
-
-    from gatefuse import __version__
-
-    yield "gatefuse", __version__
-    yield "PyTorch", torch.__version__
-    try:
-        yield "Triton", str(importlib.import_module("triton").__version__)
-    except ImportError:
-        yield "Triton", "not installed"
-    yield "Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
+    for name in ("gatefuse", "torch", "triton"):
+        try:
+            yield name, str(importlib.import_module(name).__version__)
+        except ImportError:
+            yield name, "not installed"
+    yield "python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
     device = "CPU"
     if torch.accelerator.is_available() and (kind := torch.accelerator.current_accelerator()):
-        name = getattr(torch.get_device_module(kind.type), "get_device_name", lambda: kind.type)
-        device = str(name())
-    yield "Device", device
+        module = torch.get_device_module(kind.type)
+        device = str(getattr(module, "get_device_name", lambda: kind.type)())
+    yield "device", device
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -261,7 +258,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _source(line: str | None) -> str:
-    return f'<pre tabindex="0" aria-label="Source"><code>{escape(line)}</code></pre>' if line else ""
+    return (
+        f'<pre tabindex="0" aria-label="Source"><code>{escape(line)}</code></pre>' if line else ""
+    )
 
 
 def _prose(text: str) -> str:

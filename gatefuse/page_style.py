@@ -56,7 +56,8 @@ details{margin-top:12px;border:1px solid var(--line);border-radius:8px}
 section>details{margin-top:0;margin-bottom:12px}
 details>.wide{padding:0 14px 8px}
 summary{cursor:pointer;padding:10px 14px;overflow-wrap:anywhere;font-size:.92rem}
-summary small{color:var(--soft);font-size:inherit}
+summary code{display:block;margin:2px 0 0 1.1em;color:var(--soft);font-size:.8rem}
+summary small{color:var(--soft)}
 details pre{border-radius:0 0 8px 8px;padding:12px 0;font-size:.78rem}
 details pre code{display:inline-block;min-width:100%}
 details>pre:not(:has(code)){padding:12px 14px}
