@@ -69,7 +69,7 @@ def _header(
     if gates and fused == gates:
         kind, sign = "all", "✓"
     elif not fused:
-        kind, sign = "none", "–"
+        kind, sign = "none", "-"
     headline, _, why = without_folders(first).partition(": ")
     notes = [why, model.note if model is not None else "", note if graphs and note else ""]
     more = "".join(f"<p>{escape(without_folders(n))}</p>" for n in notes if n)
@@ -107,7 +107,7 @@ def _group(location: str, line: str | None, found: list[_Site]) -> str:
     for _, s in found:
         kinds.setdefault((_size(s), s.dtype, _extras(s), _placement(s)), []).append(s)
     facts = _table(
-        ("gates", "layers", "rows × width", "dtype", "with", "placement"),
+        ("gates", "layers", "rows x width", "dtype", "with", "placement"),
         [
             (str(len(alike)), layers_as_text([s.layer for s in alike if s.layer]), *what)
             for what, alike in kinds.items()
@@ -130,7 +130,7 @@ def _group(location: str, line: str | None, found: list[_Site]) -> str:
 
 
 def _size(site: SiteReport) -> str:
-    size = f"{site.rows} × {site.H}"
+    size = f"{site.rows} x {site.H}"
     return size if site.H == site.D else f"{size}, value {site.D} wide"
 
 
@@ -182,7 +182,7 @@ def _left_alone(graphs: Sequence[GraphReport], kind: str) -> str:
     text = ""
     for (location, line, reason), alike in groups.items():
         layers = layers_as_text([r.layer for r in alike if r.layer])
-        where = ", ".join(filter(None, (f"{len(alike)} ×" if len(alike) > 1 else "", layers)))
+        where = ", ".join(filter(None, (f"{len(alike)} x" if len(alike) > 1 else "", layers)))
         rows = [("where", where), ("why", reason), ("what to do", advice(reason) or "")]
         facts = "".join(f"<dt>{k}</dt><dd>{_prose(v)}</dd>" for k, v in rows if v)
         text += f"<article><h3>{escape(location)}</h3>{_source(line)}<dl>{facts}</dl></article>"
