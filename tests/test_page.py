@@ -319,19 +319,39 @@ def test_torchs_own_hook_keeps_working() -> None:
     from torch._inductor.graph import GraphLowering
     from torch._inductor.utils import run_and_get_code
 
+    before = GraphLowering.save_output_code
     with gatefuse.fusing() as report, torch.no_grad():
         _, (code,) = run_and_get_code(torch.compile(linear), *make_inputs(linear))
-    assert GraphLowering.save_output_code is None
+    assert GraphLowering.save_output_code is before
     assert report.graphs[0].code is not None
     assert without_folders(code) == report.graphs[0].code
+
+
+def test_a_graph_never_gets_the_code_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.graph import GraphLowering
+
+    with gatefuse.fusing() as report, torch.no_grad():
+        monkeypatch.setattr(GraphLowering, "codegen", out_of_luck)
+        with pytest.raises(Exception, match="out of luck"):
+            torch.compile(linear)(*make_inputs(linear))
+        monkeypatch.undo()
+        torch.compile(addend_bias)(*make_inputs(addend_bias))
+    failed, compiled = report.graphs
+    assert failed.code is None
+    assert compiled.code is not None
+
+
+def out_of_luck(*_: Any) -> Any:
+    raise ValueError("out of luck")
 
 
 # --- kernels for a GPU --------------------------------------------------------------------------
 
 
 def cuda_excerpts(fn: Any, **options: Any) -> list[excerpts.Excerpt]:
+    inputs = make_inputs(fn)
     with cuda_codegen() as generated, gatefuse.fusing(**options) as report, torch.no_grad():
-        torch.compile(fn)(*map(on_cuda, make_inputs(fn)))
+        torch.compile(fn)(*map(on_cuda, inputs))
     return excerpts.kernels_of(generated.code.source, report.sites[0])
 
 

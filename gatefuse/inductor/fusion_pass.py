@@ -134,8 +134,6 @@ class GateFusionPass(CustomGraphPass):
         )
         if dump is not None:
             recording.dump(entry, dump)
-        if entry.sites and (dump is not None or recording.recording()):
-            recording.keep_code(entry, dump)
         if phase in ("inference", "forward") and self.options.expect > 0:
             fused = entry.fused + _fused_in_subgraphs(graph)
             if fused < self.options.expect:
@@ -143,6 +141,8 @@ class GateFusionPass(CustomGraphPass):
                     f"gatefuse: expected at least {self.options.expect} fused gates in the graph, "
                     f"fused {fused}.\n{Report([entry])}"
                 )
+        if entry.sites and (dump is not None or recording.recording()):
+            recording.keep_code(entry, dump)
 
     def _rewrite(self, graph: Graph, sites: list[Site], entry: GraphReport) -> None:
         """Replace the sites and note them in ``entry``; the graph stays as it was on an error."""
