@@ -83,7 +83,7 @@ def page(path: Path) -> Page:
 
 
 def test_it_says_what_the_report_says(report: gatefuse.Report, page: Page) -> None:
-    assert report.fused == 4
+    assert report.verdict == "4 of 4 gates fused in 1 graph"
     assert page.texts["h1"] == [report.verdict]
     (site, *_), (near,) = report.sites, [r for r in report.rejections if r.kind == "near miss"]
     assert page.texts["h3"] == [site.location, near.location]

@@ -53,7 +53,7 @@ class Model(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
         self.head_gate = HeadGate(width)
-        self.router = nn.Linear(width, 4)
+        self.router = nn.Linear(width, 4, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for layer in self.layers:
