@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from types import FrameType
@@ -23,6 +24,7 @@ __all__ = [
     "drops_rounding_casts",
     "graph_phase",
     "inductor_options",
+    "on_output_code",
     "switched_off",
     "trace_artifact",
     "unsupported_reason",
@@ -90,6 +92,58 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
         trace_structured("artifact", lambda: {"name": name, "encoding": "string"}, payload_fn=text)
     except Exception:
         log.debug("gatefuse: nothing was added to the structured trace", exc_info=True)
+
+
+_waiting: dict[int, list[tuple[object, Callable[[str], None]]]] = {}
+_earlier: Callable[[str], None] | None = None
+
+
+def on_output_code(see: Callable[[str], None]) -> None:
+    """Call ``see`` once, with the source of the module that Inductor generates next in this thread
+    in the same compilation; not at all where that fails before.
+
+    By the hook of ``torch._inductor.utils.run_and_get_code``, which keeps working; where there is
+    no such hook, nothing happens.
+    """
+    global _earlier
+    try:
+        from torch._inductor.graph import GraphLowering
+
+        current = GraphLowering.save_output_code
+    except (ImportError, AttributeError):
+        return
+    _waiting.setdefault(threading.get_ident(), []).append((_compilation(), see))
+    if current is not _save_output_code:
+        _earlier = current
+        GraphLowering.save_output_code = _save_output_code
+
+
+def _save_output_code(code: str) -> None:
+    global _earlier
+    from torch._inductor.graph import GraphLowering
+
+    if _earlier is not None:
+        _earlier(code)
+    waiting = _waiting.pop(threading.get_ident(), [])
+    if not _waiting and GraphLowering.save_output_code is _save_output_code:
+        GraphLowering.save_output_code, _earlier = _earlier, None
+    now = _compilation()
+    for compilation, see in waiting:
+        try:
+            if compilation == now:
+                see(code)
+        except Exception:
+            log.debug("gatefuse: the generated code was not kept", exc_info=True)
+
+
+def _compilation() -> object:
+    """Identifies what Dynamo is compiling, where it is."""
+    try:
+        from torch._guards import CompileContext
+
+        return CompileContext.current_compile_id()
+    except (ImportError, AttributeError):
+        return None
 
 
 def drops_rounding_casts(device_type: str) -> bool:

@@ -8,11 +8,20 @@ from typing import NamedTuple
 
 from torch.fx import Node
 
-__all__ = ["Origin", "layer_of", "layers_as_text", "origin_of"]
+__all__ = ["Origin", "layer_of", "layers_as_text", "origin_of", "without_folders"]
 
 _FRAME = re.compile(r'File "(?P<path>[^"]*)", line (?P<line>\d+)(?:, in (?P<scope>.+))?')
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")
 """What Dynamo calls the rest of a function after a graph break."""
+
+
+_FOLDERS = re.compile(
+    r"(?P<comment>^\s*# (?:File|kernel path): ).*?[/\\](?=[^/\\:\n]+(?::\d|$))"
+    r"|(?<=[\"'])(?:[A-Za-z]:[/\\]|/)[^\"'<>\n]*[/\\]"
+    r"|(?<![\w.:/])(?:[A-Za-z]:[/\\]|/)(?:[\w.@+~-]+[/\\])+",
+    re.MULTILINE,
+)
+"""Absolute paths up to the file's name: in torch's comments, in quotes, or on their own."""
 
 
 class Origin(NamedTuple):
@@ -88,3 +97,8 @@ def _ranges(numbers: list[int]) -> str:
         else:
             ranges.append([n])
     return ",".join("-".join(map(str, r)) for r in ranges)
+
+
+def without_folders(text: str) -> str:
+    """A text, or code, that tells of files by their names, not by the user's folders."""
+    return _FOLDERS.sub(lambda found: found["comment"] or "", text)

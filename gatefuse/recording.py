@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from gatefuse import compat, settings, stored
+from gatefuse.origin import without_folders
 from gatefuse.records import Activity, GraphReport
 from gatefuse.report import Report
 
@@ -32,6 +32,7 @@ __all__ = [
     "add_graph",
     "count",
     "graphs_wanted",
+    "keep_code",
     "note_placement",
     "readable",
     "record",
@@ -323,6 +324,19 @@ def readable(graph: Graph, name: str) -> str | None:
         return None
     finally:
         graph.owning_module = owner  # making the module has changed it
-    # The source's lines are told by the names of their files, not by the user's folders.
-    text = re.sub(r"(?m)^(\s*# File: )\S*/", r"\1", text)
-    return f"# {name}\n{text}"
+    return f"# {name}\n{without_folders(text)}"
+
+
+def keep_code(graph: GraphReport, directory: str | Path | None) -> None:
+    """Keep what Inductor generates next in this thread as the graph's code; with a directory, dump
+    the graph anew, with its placements and its code."""
+
+    def see(code: str) -> None:
+        if "linear_sigmoid_mul" not in code:  # of another graph
+            return
+        graph.code = without_folders(code)
+        stored.store(graph)
+        if directory is not None:
+            dump(graph, directory)
+
+    compat.on_output_code(see)

@@ -5,11 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Activity", "GraphReport", "Kind", "ModelGates", "RejectionReport", "SiteReport"]
+__all__ = [
+    "Activity",
+    "DrawnNode",
+    "GraphReport",
+    "Kind",
+    "ModelGates",
+    "RejectionReport",
+    "SiteReport",
+]
 
 Kind = Literal["gate", "near miss", "other"]
 """Of a sigmoid that stayed as it was: a gate, for a reason of its own; one that lacks a part of a
 gate; one that has nothing of a gate, such as SwiGLU's."""
+
+
+@dataclass
+class DrawnNode:
+    """A node of a gate, for a drawing.
+
+    operator: ``"aten.sigmoid"``; of an operand what it is: ``"input"``, ``"weight"``, ``"bias"``,
+    ``"value"``, ``"addend"``, ``"constant"``. type: dtype and shape, ``"bf16[16, 1]"``. inputs: the
+    names of the nodes that it reads, none for an operand.
+    """
+
+    name: str
+    operator: str
+    type: str
+    inputs: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -18,6 +41,7 @@ class SiteReport:
 
     location, line: where the model's source computes the gate. layer: the module that does, by its
     name in the model. linear: the module of the linear, or the one that owns its weight.
+    before, after: the nodes of the gate, each after those that it reads.
     """
 
     node: str
@@ -35,6 +59,8 @@ class SiteReport:
     layer: str | None = None
     linear: str | None = None
     key: str = field(default="", repr=False)
+    before: list[DrawnNode] = field(default_factory=list, repr=False)
+    after: list[DrawnNode] = field(default_factory=list, repr=False)
 
 
 @dataclass
@@ -57,6 +83,7 @@ class GraphReport:
     higher-order operator, such as a branch; ``"unknown"`` for a graph from a cache of which
     nothing else is known.
     before, after: readable code of the graph around the pass, where something was fused.
+    code: the module that Inductor generated for a graph with a fused gate, where someone recorded.
     id: what Inductor's counters call the graph, in caches as well.
     """
 
@@ -68,6 +95,7 @@ class GraphReport:
     rejections: list[RejectionReport] = field(default_factory=list)
     before: str | None = None
     after: str | None = None
+    code: str | None = None
     error: str | None = None
     id: str = ""
 

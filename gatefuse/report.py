@@ -13,8 +13,15 @@ from typing import Any
 
 from torch._dynamo.exc import ShortenTraceback
 
-from gatefuse import summary
-from gatefuse.records import Activity, GraphReport, ModelGates, RejectionReport, SiteReport
+from gatefuse import page, summary
+from gatefuse.records import (
+    Activity,
+    DrawnNode,
+    GraphReport,
+    ModelGates,
+    RejectionReport,
+    SiteReport,
+)
 
 __all__ = ["FusionError", "Report", "graph_from_dict", "write"]
 
@@ -75,7 +82,7 @@ class Report:
         return any(g.from_cache for g in self.graphs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-serialisable dicts and lists, graph code left out."""
+        """The report as JSON-serialisable dicts and lists; code and nodes of graphs left out."""
         result: dict[str, Any] = {
             "verdict": self.verdict,
             "fused": self.fused,
@@ -87,14 +94,15 @@ class Report:
         }
         for g in self.graphs:
             d = asdict(g)
-            del d["before"], d["after"]
+            del d["before"], d["after"], d["code"]
             for s in d["sites"]:
-                del s["key"]
+                del s["key"], s["before"], s["after"]
             result["graphs"].append(d)
         return result
 
     def save(self, directory: str | Path) -> Path:
-        """Write ``report.json`` and each graph before and after its rewrite; returns the folder.
+        """Write ``report.json``, the page ``report.html``, and of each graph with a fused gate the
+        code before and after its rewrite and what Inductor generated; returns the folder.
 
         Each file is written whole or not at all, and never through a link that stands in its place.
         Raises OSError, also where ``directory`` itself is a link that leads nowhere.
@@ -102,11 +110,19 @@ class Report:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "report.json", json.dumps(self.to_dict(), indent=1))
+        self.save_page(folder / "report.html")
         for g in self.graphs:
-            for stage, text in (("before", g.before), ("after", g.after)):
+            for stage, text in (("before", g.before), ("after", g.after), ("code", g.code)):
                 if text is not None:
                     write(folder / f"{g.name}.{stage}.py", text)
         return folder
+
+    def save_page(self, path: str | Path) -> Path:
+        """Write the report as one HTML page that needs nothing else: no network, no script; returns
+        its path. Raises OSError."""
+        path = Path(path)
+        write(path, page.html(self.graphs, self.model, self.activity, self.note))
+        return path
 
     def __str__(self) -> str:
         return summary.summary(self.graphs, self.model, self.activity, self.note)
@@ -116,6 +132,9 @@ def graph_from_dict(values: Mapping[str, Any]) -> GraphReport:
     """What ``dataclasses.asdict`` made of a graph; TypeError on a field that is not one."""
     graph = GraphReport(**values)
     graph.sites = [SiteReport(**s) for s in values["sites"]]
+    for site, of_site in zip(graph.sites, values["sites"]):
+        site.before = [DrawnNode(**n) for n in of_site["before"]]
+        site.after = [DrawnNode(**n) for n in of_site["after"]]
     graph.rejections = [RejectionReport(**r) for r in values["rejections"]]
     return graph
 

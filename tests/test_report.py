@@ -122,11 +122,18 @@ def test_dump_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         torch.compile(addend_bias, options=gatefuse.options())(*make_inputs(addend_bias))
     (folder,) = tmp_path.iterdir()
     names = sorted(path.name for path in folder.iterdir())
-    assert len(names) == 3
+    assert [name.partition(".")[2] for name in names] == [
+        "after.py",
+        "before.py",
+        "code.py",
+        "html",
+        "json",
+    ]
     assert json.loads((folder / "report.json").read_text())["fused"] == 1
     texts = {path.suffixes[0]: path.read_text() for path in folder.glob("*.py")}
     assert op_nodes(texts[".before"]) == 0
     assert op_nodes(texts[".after"]) == 1
+    assert "async_compile" in texts[".code"]
 
 
 def test_depyf_shows_the_graphs(tmp_path: Path) -> None:
@@ -162,7 +169,7 @@ def test_files_are_written_whole_or_not_at_all(
 ) -> None:
     report = saved(tmp_path)
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert len(before) == 3
+    assert len(before) == 5
 
     def full(descriptor: int, *args: Any, **kwargs: Any) -> Any:
         raise OSError("no space left on device")

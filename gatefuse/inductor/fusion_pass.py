@@ -21,6 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, GraphModule, Node
 
 from gatefuse import compat, recording, settings, stored
+from gatefuse.inductor.drawn_nodes import drawn_nodes
 from gatefuse.inductor.match_gate import Rejection, Site, find_sites
 from gatefuse.inductor.match_linear import LOGIT_IS_INPUT
 from gatefuse.inductor.rewriter import META_KEY, DifferentResult, Rewriter
@@ -138,6 +139,8 @@ class GateFusionPass(CustomGraphPass):
                     f"gatefuse: expected at least {self.options.expect} fused gates in the graph, "
                     f"fused {fused}.\n{Report([entry])}"
                 )
+        if entry.sites and (dump is not None or recording.recording()):
+            recording.keep_code(entry, dump)
 
     def _rewrite(self, graph: Graph, sites: list[Site], entry: GraphReport) -> None:
         """Replace the sites and note them in ``entry``; the graph stays as it was on an error."""
@@ -160,7 +163,9 @@ class GateFusionPass(CustomGraphPass):
                     reason = f"could not be rewritten: {type(e).__name__}: {e}"
                 entry.rejections.append(_rejection_report(Rejection(site.sigmoid, reason)))
                 continue
-            entry.sites.append(_site_report(site, new, key))
+            report = _site_report(site, new, key)
+            report.before, report.after = drawn_nodes(site, rewriter.replaced)
+            entry.sites.append(report)
         try:
             rewriter.finish()
         except Exception as e:
