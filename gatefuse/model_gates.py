@@ -100,7 +100,7 @@ def _makes_logits(node: Node) -> bool:
         sizes = [s for s in map(_shape, node.all_input_nodes) if s is not None]
         rows = [s for s in sizes if max(s, default=0) == _numel(s) > 1]
         return out is not None and any(
-            _numel(out) * _numel(weight) == _numel(size)
+            size and size[-1] == _numel(weight) and _numel(out) * size[-1] == _numel(size)
             for weight in rows
             for size in sizes
             if size is not weight

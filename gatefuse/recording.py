@@ -218,11 +218,15 @@ def note_placement(key: str, placement: str, reason: str) -> None:
 def _finished(graph: GraphReport) -> None:
     """Store and dump what is known, at first without placements; once all is known, add it to
     PyTorch's structured trace, which tlparse shows."""
+    _save(graph)
+    if all(site.placement for site in graph.sites):
+        compat.trace_artifact(f"gatefuse_{graph.name}", lambda: str(Report([graph])))
+
+
+def _save(graph: GraphReport) -> None:
     stored.store(graph)
     if (folder := settings.dump_directory()) is not None:
         dump(graph, folder)
-    if all(site.placement for site in graph.sites):
-        compat.trace_artifact(f"gatefuse_{graph.name}", lambda: str(Report([graph])))
 
 
 @contextlib.contextmanager
@@ -327,16 +331,13 @@ def readable(graph: Graph, name: str) -> str | None:
     return f"# {name}\n{without_folders(text)}"
 
 
-def keep_code(graph: GraphReport, directory: str | Path | None) -> None:
-    """Keep what Inductor generates next in this thread as the graph's code; with a directory, dump
-    the graph anew, with its placements and its code."""
+def keep_code(graph: GraphReport) -> None:
+    """Keep what Inductor generates next in this thread as the graph's code."""
 
     def see(code: str) -> None:
         if "linear_sigmoid_mul" not in code:  # of another graph
             return
         graph.code = without_folders(code)
-        stored.store(graph)
-        if directory is not None:
-            dump(graph, directory)
+        _save(graph)
 
     compat.on_output_code(see)

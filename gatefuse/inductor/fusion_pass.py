@@ -139,8 +139,8 @@ class GateFusionPass(CustomGraphPass):
                     f"gatefuse: expected at least {self.options.expect} fused gates in the graph, "
                     f"fused {fused}.\n{Report([entry])}"
                 )
-        if entry.sites and (dump is not None or recording.recording()):
-            recording.keep_code(entry, dump)
+        if entry.sites and (dumped or recording.recording()):
+            recording.keep_code(entry)
 
     def _rewrite(self, graph: Graph, sites: list[Site], entry: GraphReport) -> None:
         """Replace the sites and note them in ``entry``; the graph stays as it was on an error."""

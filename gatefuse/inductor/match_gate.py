@@ -253,17 +253,8 @@ def _site(
 ) -> Site:
     mul, value = product.mul, product.value
     chain = (*upper, *product.path)
-    _check_dtypes(
-        {
-            "logit": logit,
-            "input": linear.input,
-            "weight": linear.weight,
-            "bias": linear.bias,
-            "gate": chain[-1],
-            "value": value,
-            "product": mul,
-        }
-    )
+    nodes = {"logit": logit, "input": linear.input, "weight": linear.weight, "bias": linear.bias}
+    _check_dtypes({**nodes, "gate": chain[-1], "value": value, "product": mul})
     rows = tensor_of(linear.input, "the input").shape[:-1]
     if not known(math.prod(rows) == math.prod(tensor_of(value, "the value").shape[:-1])):
         raise NoMatch("input and value differ in their number of rows")
