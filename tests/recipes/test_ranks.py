@@ -32,7 +32,8 @@ pytestmark = [
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, by recipe."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
     command = [sys.executable, "-m", "tests.recipes.ranks"]
     processes = [
         subprocess.Popen([*command, str(rank), str(folder)], env=environment, cwd=REPOSITORY)
