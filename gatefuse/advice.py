@@ -28,10 +28,6 @@ _ADVICE = (
         "keep linear, sigmoid and multiply in one graph",
     ),
     (
-        r"the gate is elementwise",
-        "only one gate per token is fused",
-    ),
-    (
         r"the product is wider than the value|one gate serves several rows",
         "the gate has to scale whole rows of a value that has the shape of the result",
     ),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._inductor import pattern_matcher
 from torch.fx import Graph
 
@@ -218,3 +219,18 @@ def test_uuid_changes_with_the_source(tmp_path: Path) -> None:
         str(tmp_path),
     )
     assert not done.stdout
+
+
+@pytest.mark.timeout(120)
+def test_a_chain_of_gates_compiles_in_linear_time() -> None:
+    """Input, value and addend of each are the one before's result: none is computed twice."""
+
+    def chain(x: Tensor, weights: Tensor) -> Tensor:
+        for w in weights.unbind(0):
+            x = x + torch.sigmoid(torch.nn.functional.linear(x, w)) * x
+        return x
+
+    weights = torch.randn(24, 1, 64) / 64
+    compiled = compile_and_compare(chain, (torch.randn(5, 64), weights))
+    assert compiled.report.fused == 24
+    compiled.check()

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 import gatefuse
-from gatefuse import compat
-from gatefuse import report as report_module
+from gatefuse import compat, recording
 from gatefuse.inductor import lowering, rewriter
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.rewriter import DifferentResult, Rewriter
@@ -93,9 +92,9 @@ def test_text_is_made_for_whoever_looks_at_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, who: str
 ) -> None:
     shown: list[str] = []
-    monkeypatch.setattr(report_module, "readable", lambda graph, name: shown.append(name) or name)
-    monkeypatch.setattr(report_module, "graphs_wanted", lambda: who == "log")
-    monkeypatch.setattr(report_module, "recording", lambda: who == "record")
+    monkeypatch.setattr(recording, "readable", lambda graph, name: shown.append(name) or name)
+    monkeypatch.setattr(recording, "graphs_wanted", lambda: who == "log")
+    monkeypatch.setattr(recording, "recording", lambda: who == "record")
     if who == "dump":
         monkeypatch.setenv("GATEFUSE_DUMP", str(tmp_path))
     GateFusionPass()(no_gate())

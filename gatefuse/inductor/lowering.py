@@ -132,6 +132,11 @@ def _lower_inline(
 ) -> tuple[Any, Any]:
     """roundings: what eager rounds each intermediate value to, or None to round once."""
     input, weight, value, bias, addend = operands
+    for x in (input, value):
+        # Inductor computes anew what one node reads, however often; of a chain of gates, each of
+        # them twice as often as the next.
+        if (uses := sum(x is y for y in operands)) > 1:
+            x.mark_reuse(uses)
     out_dtype = operands.result_dtype()
     wide = torch.promote_types(torch.float32, out_dtype)
     mul, add = lowerings[aten.mul.Tensor], lowerings[aten.add.Tensor]

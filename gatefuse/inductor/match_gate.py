@@ -7,6 +7,7 @@ logit and down to the multiply, through any operators that neither reorder rows 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -355,11 +356,11 @@ def site_dtype(site: Site) -> torch.dtype:
 
 def _kind(sigmoid: Sigmoid) -> Kind:
     """How near to a gate a rejected sigmoid is: what it has of linear and product."""
-    try:
+    linear = product = False
+    with contextlib.suppress(Exception):
         linear = match_logit(sigmoid) is not None
-    except NoMatch:
-        linear = False
-    product = bool(_match_products(sigmoid.gate)[0]) or scales_rows_in_part(sigmoid.gate)
+    with contextlib.suppress(Exception):
+        product = bool(_match_products(sigmoid.gate)[0]) or scales_rows_in_part(sigmoid.gate)
     return "gate" if linear and product else "near miss" if linear or product else "other"
 
 
