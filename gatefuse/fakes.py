@@ -1,11 +1,9 @@
-"""Fake tensors: a model without its weights, on a device that this machine may not have."""
+"""Fake tensors: a model without its weights."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,27 +17,9 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["available", "fake_tensors", "has_no_data", "on_fakes"]
+__all__ = ["FakeMode", "available", "has_no_data", "on_fakes"]
 
 aten = torch.ops.aten
-
-_H200 = types.SimpleNamespace(
-    name="NVIDIA H200",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    regs_per_multiprocessor=65536,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    warp_size=32,
-    total_memory=141 << 30,
-    L2_cache_size=50 << 20,
-    shared_memory_per_block=48 << 10,
-    shared_memory_per_block_optin=227 << 10,
-    gcnArchName="",
-)
-"""The GPU that PyTorch believes in where there is none."""
-
 
 def available(device_type: str) -> bool:
     """Whether this machine has such a device."""
@@ -54,23 +34,13 @@ def has_no_data(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-@contextlib.contextmanager
-def fake_tensors(device: torch.device) -> Iterator[FakeTensorMode]:
-    """Tensors made inside are fake, and may be on ``device``.
-
-    A CUDA device need not exist: PyTorch then believes in one H200, in all threads, for the time of
-    the block.
-    """
-    with contextlib.ExitStack() as stack:
-        if device.type == "cuda" and not available("cuda"):
-            stack.enter_context(_imagined_gpu())
-        yield stack.enter_context(_FakeMode(allow_non_fake_inputs=True))
-
-
-class _FakeMode(FakeTensorMode):
+class FakeMode(FakeTensorMode):
     """Guesses what depends on data, so that code between compiled graphs runs on: a number is 1,
     a condition is true, two elements are found. Dynamo traces with a mode of its own, which does
     not guess."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -105,8 +75,7 @@ def _without_masks(indices: Any) -> list[Any]:
 def on_fakes(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
     """A copy of a model, or of arguments, with fake tensors on ``device``; no data is copied.
 
-    What is fake in this mode and on the device already is taken as it is. Raises what
-    ``copy.deepcopy`` raises on what it cannot copy.
+    Raises what ``copy.deepcopy`` raises on what it cannot copy.
     """
     memo: dict[int, Any] = {}
 
@@ -120,16 +89,19 @@ def on_fakes(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
     tensors = []
     if isinstance(value, nn.Module):
         tensors = [*value.parameters(), *value.buffers()]
-        if all(isinstance(t, FakeTensor) and t.device == device for t in tensors) and tensors:
-            return value
     with mode, _CopyOnce(fake):
         for t in tensors:
             new = fake(t)
             if isinstance(t, nn.Parameter):
                 new = nn.Parameter(new, t.requires_grad)
-            new.__dict__.update(t.__dict__)
-            memo[id(t)] = new
+            memo[id(t)] = _with_marks(new, t)
         return copy.deepcopy(value, memo)
+
+
+def _with_marks(new: Tensor, old: Tensor) -> Tensor:
+    """``new`` with the attributes of ``old``, such as which sizes are marked dynamic."""
+    new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in new.__dict__})
+    return new
 
 
 class _CopyOnce(TorchFunctionMode):
@@ -146,80 +118,5 @@ class _CopyOnce(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         tensor, memo = args
         if id(tensor) not in memo:
-            memo[id(tensor)] = new = self._fake(tensor)
-            new.__dict__.update(tensor.__dict__)  # which sizes are marked dynamic
+            memo[id(tensor)] = _with_marks(self._fake(tensor), tensor)
         return memo[id(tensor)]
-
-
-@contextlib.contextmanager
-def _imagined_gpu() -> Iterator[None]:
-    import torch._inductor.fx_passes.joint_graph as joint_graph
-    from torch._dynamo.device_interface import CudaInterface
-    from torch._inductor.runtime.hints import DeviceProperties
-    from torch._subclasses import fake_tensor
-
-    hints = {n: v for n, v in vars(_H200).items() if n in DeviceProperties._fields}
-    state = torch.zeros(16, dtype=torch.uint8)
-    cuda: dict[str, Any] = {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "get_device_properties": lambda *_: _H200,
-        "get_device_capability": lambda *_: (_H200.major, _H200.minor),
-        "get_device_name": lambda *_: _H200.name,
-        "is_bf16_supported": lambda *_, **__: True,
-        "is_current_stream_capturing": lambda: False,
-        "get_rng_state": lambda *_: state,
-        "set_rng_state": lambda *_: None,
-        "_lazy_init": lambda: None,
-        "_exchange_device": lambda *_: 0,
-        "_maybe_exchange_device": lambda *_: 0,
-    }
-    properties = DeviceProperties(type="cuda", index=0, cc=90, **hints)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_replaced(torch.cuda, **cuda))
-        stack.enter_context(
-            _replaced(
-                CudaInterface,
-                is_available=staticmethod(lambda: True),
-                raise_if_triton_unavailable=staticmethod(lambda *_: None),
-            )
-        )
-        stack.enter_context(_replaced(torch.accelerator, is_available=lambda: False))
-        nothing = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
-        stack.enter_context(_replaced(torch.random, fork_rng=nothing))
-        stack.enter_context(
-            _replaced(DeviceProperties, create=classmethod(lambda *_: properties))
-        )
-        if hasattr(fake_tensor, "init_gpu_context"):
-            stack.enter_context(_replaced(fake_tensor, init_gpu_context=lambda *_: None))
-        # Its attention patterns are traced with tensors on the device.
-        stack.enter_context(_replaced(joint_graph, lazy_init=lambda *_: None))
-        _forget_triton()
-        stack.callback(_forget_triton)
-        yield
-
-
-@contextlib.contextmanager
-def _replaced(target: Any, **values: Any) -> Iterator[None]:
-    """Other values of a module's or a class's names inside the block."""
-    before = {name: target.__dict__[name] for name in values if name in target.__dict__}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name in values:
-            if name in before:
-                setattr(target, name, before[name])
-            else:
-                delattr(target, name)
-
-
-def _forget_triton() -> None:
-    # What PyTorch has found out about Triton is of the real devices, or of the imagined one.
-    import torch.utils._triton
-
-    for function in vars(torch.utils._triton).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()

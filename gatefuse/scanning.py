@@ -12,6 +12,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +25,16 @@ from torch.utils import _pytree as pytree
 from gatefuse import alike_layers, compat, fakes, recording
 from gatefuse.backend import options
 from gatefuse.inductor.hooks import POST_HOOK, passes_of
+from gatefuse.inductor.moved_graph import MoveGraph, decompositions_for_gpu, moved
 from gatefuse.inductor.predicted_placement import predict
 from gatefuse.inductor.rewriter import META_KEY
 from gatefuse.model_gates import GateCounter
 from gatefuse.report import FusionError, Report
 
 __all__ = ["ScanError", "scan", "scan_call"]
+
+
+_FIRST_HOOK = "joint_custom_pre_pass"
 
 
 class ScanError(RuntimeError):
@@ -105,12 +110,14 @@ def scan_call(
 ) -> Report:
     """:func:`scan` without its checks. train_mode: the mode that the model is put into, or None."""
     where = _device(device, target, args, kwargs)
-    with _kept_state(), fakes.fake_tensors(where) as mode:
+    # The passes see the graphs of a device that is not here as graphs for it.
+    traced_on = where if fakes.available(where.type) else torch.device("cpu")
+    with _kept_state(), fakes.FakeMode() as mode:
         model, args, kwargs = _built(target, args, kwargs)
         model = _unwrapped(model)
         try:
-            model = fakes.on_fakes(model, mode, where)
-            args, kwargs = fakes.on_fakes((args, kwargs), mode, where)
+            model = fakes.on_fakes(model, mode, traced_on)
+            args, kwargs = fakes.on_fakes((args, kwargs), mode, traced_on)
         except Exception as e:
             raise ScanError(
                 f"gatefuse: the model cannot be copied ({_short(e)}). Pass a builder, a function "
@@ -119,22 +126,23 @@ def scan_call(
         if isinstance(model, nn.Module) and train_mode is not None:
             model.train(train_mode)
         alike = alike_layers.shorten(model)
+        tracer = _Tracer(where, grad=grad, dynamic=dynamic)
         try:
-            report = _trace(model, args, kwargs, grad=grad, dynamic=dynamic)
-        except Exception:
+            report = tracer.trace(model, args, kwargs)
+        except ScanError:
             if not alike:
                 raise
-            for layers in alike:  # the model counts them
+            for layers in alike:  # perhaps the model counts them
                 layers.restore(model)
             alike = []
-            report = _trace(model, args, kwargs, grad=grad, dynamic=dynamic)
+            report = tracer.trace(model, args, kwargs)
     report.activity.scanned = True
     if report.model is not None:
         for layers in alike:
             report.model = layers.count_all(report.graphs, report.model)
         notes = [layers.note for layers in alike]
-        if where.type == "cuda" and not fakes.available("cuda"):
-            notes.append("placements as on an NVIDIA H200")
+        if where != traced_on:
+            notes.append(f"predicted for {where.type}, which is not here, from a trace on the CPU")
         report.model.note = "; ".join(notes)
     return report
 
@@ -169,7 +177,7 @@ def _kept_state() -> Iterator[None]:
         with (
             torch.set_grad_enabled(torch.is_grad_enabled()),
             warnings.catch_warnings(),
-            config.patch(force_disable_caches=True),
+            config.patch(force_disable_caches=True, shape_padding=False),
         ):
             # Of PyTorch's, about caches that are off, and of a model about speed.
             warnings.simplefilter("ignore")
@@ -236,45 +244,76 @@ def _unwrapped(model: Any) -> Any:
     return model
 
 
-def _trace(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    grad: bool,
-    dynamic: bool,
-) -> Report:
-    """Run the model on fakes, with each of its graphs shown to the pass."""
-    from torch._functorch import config as functorch_config
-    from torch._inductor.compile_fx import compile_fx
+@dataclass
+class _Tracer:
+    """Runs a model on fakes, with each of its graphs shown to the pass."""
 
-    counter = GateCounter(model)
+    device: torch.device
+    grad: bool
+    dynamic: bool
 
-    def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        counter.see(gm)
+    def trace(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
+        """The report of one call; ScanError where it fails."""
+        from torch._functorch import config as functorch_config
+
+        counter = GateCounter(model)
+
+        def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            counter.see(gm)
+            return self._compile(gm, example_inputs)
+
+        if isinstance(model, nn.Module):
+            model._compiled_call_impl = None  # of model.compile()
+        try:
+            with (
+                recording.record() as report,
+                torch.set_grad_enabled(self.grad),
+                functorch_config.patch(force_non_lazy_backward_lowering=True),
+                torch._dynamo.config.patch(recompile_limit=64),
+            ):
+                torch.compile(model, backend=backend, dynamic=self.dynamic or None)(*args, **kwargs)
+        except Exception as e:
+            raise ScanError(f"gatefuse: the model cannot be traced: {_short(e)}") from e
+        report.model = counter.result(report.sites)
+        return report
+
+    def _compile(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
         patches = options()
-        patches[POST_HOOK] = _StopAfter(patches.get(POST_HOOK))
+        patches[POST_HOOK] = _StopAfter(patches.get(POST_HOOK, getattr(config, POST_HOOK)))
+        decompositions = None
+        if not fakes.available(self.device.type):
+            patches[_FIRST_HOOK] = MoveGraph(self.device, getattr(config, _FIRST_HOOK))
+            decompositions = decompositions_for_gpu()
         compiled: Any = compile_fx(
-            gm, example_inputs, inner_compile=_look, config_patches=patches
+            gm,
+            example_inputs,
+            inner_compile=self._look,
+            config_patches=patches,
+            decompositions=decompositions,
         )
         return compiled
 
-    if isinstance(model, nn.Module) and model._compiled_call_impl is not None:
-        model._compiled_call_impl = None
-    try:
-        with (
-            recording.record() as report,
-            torch.set_grad_enabled(grad),
-            functorch_config.patch(force_non_lazy_backward_lowering=True),
-            torch._dynamo.config.patch(recompile_limit=64),
-        ):
-            torch.compile(model, backend=backend, dynamic=dynamic or None)(*args, **kwargs)
-    except ScanError:
-        raise
-    except Exception as e:
-        raise ScanError(f"gatefuse: the model cannot be traced: {_short(e)}") from e
-    report.model = counter.result(report.sites)
-    return report
+    def _look(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        """In the place of Inductor's ``compile_fx_inner``: the graph passes of it, and then a
+        function that returns fakes of the graph's sizes."""
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        (output,) = gm.graph.find_nodes(op="output")
+        results = [n.meta.get("val") if isinstance(n, Node) else n for n in output.args[0]]
+        away = not fakes.available(self.device.type)
+        if away:
+            example_inputs = moved(list(example_inputs), self.device)
+        with contextlib.suppress(_Seen):
+            compile_fx_inner(gm, example_inputs, **kwargs)
+
+        def call(inputs: list[Any]) -> list[Any]:
+            inputs.clear()
+            return [_like(value, torch.device("cpu") if away else None) for value in results]
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
 
 
 class _Seen(BaseException):
@@ -288,6 +327,7 @@ class _StopAfter(CustomGraphPass):
         self._before = passes_of(before)
 
     def __call__(self, graph: Graph) -> None:
+        """Raises _Seen at the graph itself; its subgraphs come first."""
         for graph_pass in self._before:
             graph_pass(graph)
         for node in graph.nodes:
@@ -301,32 +341,14 @@ class _StopAfter(CustomGraphPass):
         """No caching."""
 
 
-def _look(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-    """In the place of Inductor's ``compile_fx_inner``: the graph passes of it, and then a function
-    that returns fakes of the graph's sizes."""
-    from torch._inductor.compile_fx import compile_fx_inner
-
-    (output,) = gm.graph.find_nodes(op="output")
-    results = [n.meta.get("val") if isinstance(n, Node) else n for n in output.args[0]]
-    with contextlib.suppress(_Seen):
-        compile_fx_inner(gm, example_inputs, **kwargs)
-
-    def call(inputs: list[Any]) -> list[Any]:
-        inputs.clear()
-        return [_like(value) for value in results]
-
-    call._boxed_call = True  # type: ignore[attr-defined]
-    return call
-
-
-def _like(value: Any) -> Any:
+def _like(value: Any, device: torch.device | None) -> Any:
     """A fake of the same sizes in the mode around the call."""
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return _number(value)
     if not isinstance(value, Tensor):
         return value
     size, stride = ([_number(n) for n in numbers] for numbers in (value.size(), value.stride()))
-    return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+    return torch.empty_strided(size, stride, dtype=value.dtype, device=device or value.device)
 
 
 def _number(size: Any) -> Any:
