@@ -63,7 +63,9 @@ class AlikeLayers:
     def _likes(self, name: str | None) -> list[int]:
         """The missing layers that are like the one with something of this name."""
         i = self._index(name)
-        return [] if i is None else [j for j in range(self.kept, len(self.like)) if self.like[j] == i]
+        return (
+            [] if i is None else [j for j in range(self.kept, len(self.like)) if self.like[j] == i]
+        )
 
     def _index(self, name: str | None) -> int | None:
         prefix = f"{self.name}."

@@ -1,6 +1,6 @@
-"""The `gatefuse` command: `gatefuse demo`, `gatefuse bench` and `gatefuse env`.
+"""The `gatefuse` command: `gatefuse scan`, `demo`, `bench` and `env`.
 
-Exit codes: 0 when all is well; 1 when the demo finds a gate that was not fused or a result that
+Exit codes: 0 when all is well; 1 when a scan finds fewer gates than expected, the demo finds a gate that was not fused or a result that
 differs, the benchmark finds a provider that fails, or `env` that this PyTorch is not supported; 2
 when the command cannot run, or the benchmark's time was over before all was measured.
 """
@@ -18,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from gatefuse import scan_command
 
 __all__ = ["main"]
 
@@ -131,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gatefuse {_version('gatefuse')}")
     commands = parser.add_subparsers(required=True, metavar="command")
+    scan_command.add_to(commands)
 
     demo = commands.add_parser(
         "demo", help="compile small transformers models with and without gatefuse and compare"

@@ -21,6 +21,7 @@ __all__ = ["FakeMode", "available", "has_no_data", "on_fakes"]
 
 aten = torch.ops.aten
 
+
 def available(device_type: str) -> bool:
     """Whether this machine has such a device."""
     if device_type == "cpu":
@@ -42,9 +43,7 @@ class FakeMode(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -111,9 +110,7 @@ class _CopyOnce(TorchFunctionMode):
         super().__init__()
         self._fake = fake
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__:
             return func(*args, **(kwargs or {}))
         tensor, memo = args

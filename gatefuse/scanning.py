@@ -24,17 +24,14 @@ from torch.utils import _pytree as pytree
 
 from gatefuse import alike_layers, compat, fakes, recording
 from gatefuse.backend import options
-from gatefuse.inductor.hooks import POST_HOOK, passes_of
-from gatefuse.inductor.moved_graph import MoveGraph, decompositions_for_gpu, moved
+from gatefuse.inductor.hooks import POST_HOOK, PRE_HOOK, passes_of
+from gatefuse.inductor.moved_graph import MoveGraph, decompositions_for_gpu
 from gatefuse.inductor.predicted_placement import predict
 from gatefuse.inductor.rewriter import META_KEY
 from gatefuse.model_gates import GateCounter
 from gatefuse.report import FusionError, Report
 
 __all__ = ["ScanError", "scan", "scan_call"]
-
-
-_FIRST_HOOK = "joint_custom_pre_pass"
 
 
 class ScanError(RuntimeError):
@@ -130,7 +127,7 @@ def scan_call(
         try:
             report = tracer.trace(model, args, kwargs)
         except ScanError:
-            if not alike:
+            if not alike or tracer.in_passes:
                 raise
             for layers in alike:  # perhaps the model counts them
                 layers.restore(model)
@@ -147,9 +144,7 @@ def scan_call(
     return report
 
 
-def _device(
-    given: str | torch.device | None, target: Any, args: Any, kwargs: Any
-) -> torch.device:
+def _device(given: str | torch.device | None, target: Any, args: Any, kwargs: Any) -> torch.device:
     """The device to compile for; TypeError or ValueError on one that cannot be."""
     if given is None:
         tensors: Iterator[Any] = iter(pytree.tree_leaves((args, kwargs)))
@@ -196,6 +191,8 @@ def _built(
         return target, args, kwargs
     try:
         result = target()
+    except ScanError:
+        raise
     except Exception as e:
         raise ScanError(f"gatefuse: the model cannot be built: {_short(e)}") from e
     model, *inputs = result if isinstance(result, tuple) else (result,)
@@ -251,6 +248,8 @@ class _Tracer:
     device: torch.device
     grad: bool
     dynamic: bool
+    in_passes: bool = False
+    """Whether an error is of the passes, not of the model."""
 
     def trace(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
         """The report of one call; ScanError where it fails."""
@@ -260,7 +259,10 @@ class _Tracer:
 
         def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             counter.see(gm)
-            return self._compile(gm, example_inputs)
+            self.in_passes = True
+            compiled = self._compile(gm, example_inputs)
+            self.in_passes = False
+            return compiled
 
         if isinstance(model, nn.Module):
             model._compiled_call_impl = None  # of model.compile()
@@ -284,7 +286,8 @@ class _Tracer:
         patches[POST_HOOK] = _StopAfter(patches.get(POST_HOOK, getattr(config, POST_HOOK)))
         decompositions = None
         if not fakes.available(self.device.type):
-            patches[_FIRST_HOOK] = MoveGraph(self.device, getattr(config, _FIRST_HOOK))
+            before = patches.get(PRE_HOOK, getattr(config, PRE_HOOK))
+            patches[PRE_HOOK] = MoveGraph(self.device, before)
             decompositions = decompositions_for_gpu()
         compiled: Any = compile_fx(
             gm,
@@ -302,15 +305,12 @@ class _Tracer:
 
         (output,) = gm.graph.find_nodes(op="output")
         results = [n.meta.get("val") if isinstance(n, Node) else n for n in output.args[0]]
-        away = not fakes.available(self.device.type)
-        if away:
-            example_inputs = moved(list(example_inputs), self.device)
         with contextlib.suppress(_Seen):
             compile_fx_inner(gm, example_inputs, **kwargs)
 
         def call(inputs: list[Any]) -> list[Any]:
             inputs.clear()
-            return [_like(value, torch.device("cpu") if away else None) for value in results]
+            return [_like(value) for value in results]
 
         call._boxed_call = True  # type: ignore[attr-defined]
         return call
@@ -341,14 +341,14 @@ class _StopAfter(CustomGraphPass):
         """No caching."""
 
 
-def _like(value: Any, device: torch.device | None) -> Any:
+def _like(value: Any) -> Any:
     """A fake of the same sizes in the mode around the call."""
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return _number(value)
     if not isinstance(value, Tensor):
         return value
     size, stride = ([_number(n) for n in numbers] for numbers in (value.size(), value.stride()))
-    return torch.empty_strided(size, stride, dtype=value.dtype, device=device or value.device)
+    return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
 
 
 def _number(size: Any) -> Any:

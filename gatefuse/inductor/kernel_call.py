@@ -32,9 +32,7 @@ def kernel_problem(operands: Operands) -> str | None:
     )
 
 
-def problem_of(
-    device_type: str, dtypes: Sequence[torch.dtype], static_widths: bool
-) -> str | None:
+def problem_of(device_type: str, dtypes: Sequence[torch.dtype], static_widths: bool) -> str | None:
     """The same for a device with Triton; the dtypes are those of all operands, the widths those of
     input and value."""
     if device_type == "cpu":

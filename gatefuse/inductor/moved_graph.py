@@ -1,7 +1,8 @@
 """A graph that was traced on the CPU, as one for a GPU that this machine does not have.
 
-Nothing but autograd and a few functions of PyTorch's need the device itself, and they are done when
-Inductor's passes begin.
+Autograd, indexing from Python, the folding of constants and the metadata of convolutions need the
+device itself. All of that is done when the passes begin that see a forward or a backward graph by
+itself; they look at metadata, and at the device in it.
 """
 
 from __future__ import annotations
@@ -18,15 +19,14 @@ from torch.utils import _pytree as pytree
 
 from gatefuse.inductor.hooks import passes_of
 
-__all__ = ["MoveGraph", "decompositions_for_gpu", "moved"]
+__all__ = ["MoveGraph", "decompositions_for_gpu"]
 
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
 
 
 class MoveGraph(CustomGraphPass):
-    """Inductor's first pass: each tensor of the graph is one on ``device``; then the passes of a
-    user's."""
+    """The passes of a hook, and then each tensor of the graph is one on ``device``."""
 
     def __init__(self, device: torch.device, before: Any) -> None:
         self._device = device
@@ -34,22 +34,22 @@ class MoveGraph(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         """Change metadata, and the device that nodes name, in place."""
+        for graph_pass in self._passes:
+            graph_pass(graph)
         for node in graph.nodes:
             for key in ("val", "tensor_meta"):
                 if key in node.meta:
-                    node.meta[key] = moved(node.meta[key], self._device)
+                    node.meta[key] = _moved(node.meta[key], self._device)
             node.args, node.kwargs = pytree.tree_map(
                 lambda a: self._device if a == _CPU and isinstance(a, torch.device) else a,
                 (node.args, node.kwargs),
             )
-        for graph_pass in self._passes:
-            graph_pass(graph)
 
     def uuid(self) -> None:
         """No caching."""
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device) -> Any:
     """Fake tensors on the CPU as fake ones on the device; everything else as it is."""
 
     def move(t: Any) -> Any:
