@@ -12,9 +12,11 @@ from gatefuse.ops import linear_sigmoid_mul, linear_sigmoid_mul_reference
 from gatefuse.settings import Options
 
 if TYPE_CHECKING:
-    from gatefuse.backend import disable, enable, explain, fusing, options
+    from gatefuse.backend import disable, enable, fusing, options
+    from gatefuse.explaining import explain
     from gatefuse.recording import record
     from gatefuse.report import FusionError, Report
+    from gatefuse.scanning import ScanError, scan
 
 __version__ = "0.2.0"
 
@@ -22,6 +24,7 @@ __all__ = [
     "FusionError",
     "Options",
     "Report",
+    "ScanError",
     "disable",
     "enable",
     "explain",
@@ -30,6 +33,7 @@ __all__ = [
     "linear_sigmoid_mul_reference",
     "options",
     "record",
+    "scan",
     "vllm_pass",
 ]
 
@@ -40,12 +44,14 @@ vllm_pass = LazyVllmPass()
 _LAZY = {
     "FusionError": "gatefuse.report",
     "Report": "gatefuse.report",
+    "ScanError": "gatefuse.scanning",
     "disable": "gatefuse.backend",
     "enable": "gatefuse.backend",
-    "explain": "gatefuse.backend",
+    "explain": "gatefuse.explaining",
     "fusing": "gatefuse.backend",
     "options": "gatefuse.backend",
     "record": "gatefuse.recording",
+    "scan": "gatefuse.scanning",
 }
 
 

@@ -13,12 +13,11 @@ from gatefuse import compat
 from gatefuse.inductor import hooks
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.hooks import POST_HOOK, PRE_HOOK
-from gatefuse.model_gates import GateCounter
 from gatefuse.recording import record
 from gatefuse.report import FusionError, Report
 from gatefuse.settings import disabled_by_environment, merge, resolve
 
-__all__ = ["disable", "enable", "explain", "fusing", "gatefuse_backend", "options"]
+__all__ = ["disable", "enable", "fusing", "gatefuse_backend", "options"]
 
 _PREFIX = "gatefuse."
 
@@ -185,60 +184,3 @@ def _reset() -> None:
 
 
 gatefuse_backend.reset = _reset  # type: ignore[attr-defined]
-
-
-def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
-    """Compile ``model`` with gatefuse, call it once with the arguments, and tell what was fused.
-
-    The call is a real one, on whatever device the model is, in the grad mode of the caller; if its
-    result requires grad, the backward graph is compiled too, without touching any ``.grad``.
-    Inductor's caches are off for it, so that every site and rejection is seen. Compilations made
-    before are left alone. Options come from the environment, or from a surrounding
-    :func:`gatefuse.fusing`.
-
-    Raises TypeError if ``model`` cannot be called.
-    """
-    if not callable(model):
-        raise TypeError(
-            f"gatefuse: model is of type {type(model).__name__}; expected a module or a function"
-        )
-
-    # A backend of its own, so that Dynamo compiles every frame anew.
-    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        counter.see(gm)
-        return gatefuse_backend(gm, example_inputs)
-
-    counter = GateCounter(model)
-
-    with (
-        record() as result,
-        config.patch(force_disable_caches=True),
-        torch._dynamo.config.patch(recompile_limit=64),
-    ):
-        if isinstance(model, torch.nn.Module) and model._compiled_call_impl is not None:
-            # After model.compile() a call of the model would run what was compiled then.
-            compiled = torch.compile(model._call_impl, backend=backend)
-        else:
-            compiled = torch.compile(model, backend=backend)
-        out = compiled(*args, **kwargs)
-        leaves = [
-            t
-            for t in torch.utils._pytree.tree_leaves(out)
-            if isinstance(t, torch.Tensor) and t.requires_grad
-        ]
-        inputs = [p for p in _parameters(model, args, kwargs) if p.requires_grad]
-        if leaves and inputs:
-            ones = [torch.ones_like(t) for t in leaves]
-            try:
-                torch.autograd.grad(leaves, inputs, ones, allow_unused=True)
-            except RuntimeError as e:
-                if "backward through the graph a second time" not in str(e):
-                    raise  # else the call itself went backward
-    result.model = counter.result(result.sites)
-    return result
-
-
-def _parameters(model: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    tensors = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-    return tensors + [t for t in leaves if isinstance(t, torch.Tensor)]

@@ -1,8 +1,9 @@
-"""The `gatefuse` command: `gatefuse demo`, `gatefuse bench` and `gatefuse doctor`, or `env`.
+"""The `gatefuse` command: `gatefuse scan`, `demo`, `bench` and `doctor`, or `env`.
 
-Exit codes: 0 when all is well; 1 when the demo finds a gate that was not fused or a result that
-differs, the benchmark finds a provider that fails, or the doctor finds a problem; 2 when the
-command cannot run, or the benchmark's time was over before all was measured.
+Exit codes: 0 when all is well; 1 when a scan finds fewer gates than expected, the demo finds a gate
+that was not fused or a result that differs, the benchmark finds a provider that fails, or the
+doctor finds a problem; 2 when the command cannot run, or the benchmark's time was over before all
+was measured.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gatefuse import __version__
+from gatefuse import __version__, scan_command
 
 __all__ = ["main"]
 
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gatefuse {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
+    scan_command.add_to(commands)
 
     demo = commands.add_parser(
         "demo", help="compile small transformers models with and without gatefuse and compare"

@@ -19,9 +19,6 @@ import triton.language as tl
 
 __all__ = ["LaunchConfig", "launch", "launch_config", "linear_sigmoid_mul_kernel", "supports_pdl"]
 
-KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
-"""Element types that the kernel reads and writes; it always computes in float32."""
-
 
 class LaunchConfig(NamedTuple):
     """Block sizes, warps and memory hints of one launch.

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Operands", "check", "check_tensors", "result_dtype"]
+__all__ = ["KERNEL_DTYPES", "Operands", "check", "check_tensors", "result_dtype"]
+
+KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+"""Element types that the Triton kernel reads and writes; it always computes in float32."""
 
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

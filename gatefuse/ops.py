@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gatefuse import compat, settings
-from gatefuse.operands import Operands, check, check_tensors, result_dtype
+from gatefuse.operands import KERNEL_DTYPES, Operands, check, check_tensors, result_dtype
 
 __all__ = ["linear_sigmoid_mul", "linear_sigmoid_mul_reference"]
 
@@ -123,7 +123,7 @@ def _triton(
         from gatefuse import kernels
     except ImportError:  # a device without Triton
         return None
-    if not kernels.KERNEL_DTYPES.issuperset(t.dtype for t in operands.present()):
+    if not KERNEL_DTYPES.issuperset(t.dtype for t in operands.present()):
         return None
     if not (_row_ordered(value) and (addend is None or _row_ordered(addend))):
         return None

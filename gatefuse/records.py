@@ -124,7 +124,7 @@ class Activity:
     before: graphs that this process had compiled before. elsewhere: compilations in other threads.
     hooked: whether gatefuse's pass was on Inductor's hook when something was compiled.
     breaks: torch's reasons for graph breaks, and how often. switched_off: what keeps PyTorch from
-    compiling anything, if so.
+    compiling anything, if so. scanned: whether graphs were looked at without being compiled.
     """
 
     graphs: int = 0
@@ -134,3 +134,4 @@ class Activity:
     hooked: bool = False
     breaks: dict[str, int] = field(default_factory=dict)
     switched_off: str | None = None
+    scanned: bool = False

@@ -35,14 +35,14 @@ def verdict(
     """The first line."""
     gates, fused = gates_and_fused(graphs, model)
     if gates:
-        text = f"{fused} of {gates} gates fused"
+        text = f"{fused} of {gates} gates {'fuse' if activity.scanned else 'fused'}"
     elif not graphs or any(r.kind == "near miss" for g in graphs for r in g.rejections):
         text = "no gate fused"
     else:
         text = "no gate found"
     if why := nothing_compiled(graphs, activity, note):
         return f"{text}: {why}"
-    compiled = [g for g in graphs if g.phase != "subgraph"]
+    compiled = [g for g in graphs if g.phase != "subgraph" and not activity.scanned]
     return f"{text} in {_number(len(compiled), 'graph')}" if compiled else text
 
 

@@ -11,6 +11,7 @@ than the unfused gate. The measurements behind the rule are the providers ``gate
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from gatefuse.inductor.fx_utils import TRANSPOSES, VIEWS, known, source_of
 from gatefuse.inductor.match_gate import Site
 from gatefuse.settings import Options
 
-__all__ = ["choose_placement", "reason_not_to_fuse"]
+__all__ = ["NO_COMPUTATION", "choose_placement", "is_opaque", "reason_not_to_fuse"]
 
 aten = torch.ops.aten
 
@@ -31,11 +32,12 @@ LARGE_RESULT = {2: 8 << 20, 4: 1 << 20}
 """Bytes of a result on the CPU, by those of an element, from which on a gate between other
 generated code is not faster fused. 16-bit products of the gate's shape are slow unfused."""
 
-_NO_COMPUTATION = (
+NO_COMPUTATION = (
     VIEWS
     | TRANSPOSES
     | {aten.slice.Tensor, aten.select.int, aten.expand.default, aten.as_strided.default}
 )
+"""Operators that only look at memory in another way."""
 _EXTERN = {
     aten.mm.default,
     aten.addmm.default,
@@ -78,27 +80,6 @@ def reason_not_to_fuse(site: Site, options: Options) -> str | None:
     return None
 
 
-def choose_placement(
-    node: Node, *, input: Any, value: Any, addend: Any, wanted: str, kernel_problem: str | None
-) -> tuple[str, str]:
-    """``("inline" | "kernel", why)`` for an op node and the IR of its operands.
-
-    wanted: the placement asked for; kernel_problem: why the Triton kernel cannot serve, or None.
-    """
-    if kernel_problem is not None:
-        forced = f"kernel was forced, but {kernel_problem}"
-        return "inline", forced if wanted == "kernel" else kernel_problem
-    if wanted != "auto":
-        return wanted, "forced by option"
-    for name, operand in (("input", input), ("value", value), ("addend", addend)):
-        if _made_by_inductor(operand):
-            return "inline", f"the {name} is made by a kernel of Inductor's"
-    user = _fusible_user(node)
-    if user is not None:
-        return "inline", f"the result goes into {user.target}"
-    return "kernel", "all neighbours are opaque to Inductor"
-
-
 def _made_by_inductor(operand: Any) -> bool:
     """Whether code that Inductor generates computes this operand, so that it can fuse with it."""
     data = operand
@@ -107,12 +88,41 @@ def _made_by_inductor(operand: Any) -> bool:
     return isinstance(data, (ir.Loops, ir.ComputedBuffer))
 
 
+def choose_placement(
+    node: Node,
+    *,
+    input: Any,
+    value: Any,
+    addend: Any,
+    wanted: str,
+    kernel_problem: str | None,
+    made_by_inductor: Callable[[Any], bool] = _made_by_inductor,
+) -> tuple[str, str]:
+    """``("inline" | "kernel", why)`` for an op node and the IR of its operands.
+
+    wanted: the placement asked for; kernel_problem: why the Triton kernel cannot serve, or None.
+    made_by_inductor: whether generated code computes an operand, if the operands are not IR.
+    """
+    if kernel_problem is not None:
+        forced = f"kernel was forced, but {kernel_problem}"
+        return "inline", forced if wanted == "kernel" else kernel_problem
+    if wanted != "auto":
+        return wanted, "forced by option"
+    for name, operand in (("input", input), ("value", value), ("addend", addend)):
+        if made_by_inductor(operand):
+            return "inline", f"the {name} is made by a kernel of Inductor's"
+    user = _fusible_user(node)
+    if user is not None:
+        return "inline", f"the result goes into {user.target}"
+    return "kernel", "all neighbours are opaque to Inductor"
+
+
 def _computed_by_inductor(node: Node) -> bool:
     """The same of a node of the graph, before it is lowered."""
-    while node.target in _NO_COMPUTATION:
+    while node.target in NO_COMPUTATION:
         node = source_of(node)
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and not _is_opaque(target)
+    return isinstance(target, torch._ops.OpOverload) and not is_opaque(target)
 
 
 def _fusible_user(node: Node) -> Node | None:
@@ -125,14 +135,14 @@ def _fusible_user(node: Node) -> Node | None:
             if target is operator.getitem:
                 stack.extend(user.users)
             continue  # higher-order operators, the output
-        if target in _NO_COMPUTATION:
+        if target in NO_COMPUTATION:
             stack.extend(user.users)
-        elif not _is_opaque(target):
+        elif not is_opaque(target):
             return user
     return None
 
 
-def _is_opaque(target: torch._ops.OpOverload) -> bool:
+def is_opaque(target: torch._ops.OpOverload) -> bool:
     """Whether Inductor calls this operator instead of generating code for it."""
     return (
         target in _EXTERN

@@ -11,28 +11,37 @@ from torch._inductor import ir
 from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import V
 
-from gatefuse.operands import Operands
+from gatefuse.operands import KERNEL_DTYPES, Operands
 
-__all__ = ["kernel_problem", "lower_kernel"]
+__all__ = ["kernel_problem", "lower_kernel", "problem_of"]
 
 aten = torch.ops.aten
 
 
 def kernel_problem(operands: Operands) -> str | None:
     """Why the Triton kernel cannot serve these operands (Inductor's IR), or None."""
-    device = operands.value.get_device()
-    if device.type == "cpu":
-        return "Inductor's C++ serves the CPU"
-    if device.type not in ("cuda", "xpu"):
-        return f"the kernel is not written for {device.type}"
     try:
-        from gatefuse.kernels import KERNEL_DTYPES
+        import gatefuse.kernels  # noqa: F401
     except ImportError:
-        return "Triton is not installed"
-    if any(t.get_dtype() not in KERNEL_DTYPES for t in operands.present()):
+        if operands.value.get_device().type != "cpu":
+            return "Triton is not installed"
+    return problem_of(
+        operands.value.get_device().type,
+        [t.get_dtype() for t in operands.present()],
+        all(_static(t.get_size()[-1]) is not None for t in (operands.input, operands.value)),
+    )
+
+
+def problem_of(device_type: str, dtypes: Sequence[torch.dtype], static_widths: bool) -> str | None:
+    """The same for a device with Triton; the dtypes are those of all operands, the widths those of
+    input and value."""
+    if device_type == "cpu":
+        return "Inductor's C++ serves the CPU"
+    if device_type not in ("cuda", "xpu"):
+        return f"the kernel is not written for {device_type}"
+    if not KERNEL_DTYPES.issuperset(dtypes):
         return "the kernel does not take these dtypes"
-    widths = operands.input.get_size()[-1], operands.value.get_size()[-1]
-    if any(_static(width) is None for width in widths):
+    if not static_widths:
         return "a width is symbolic, and the kernel is compiled for one width"
     return None
 

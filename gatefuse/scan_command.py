@@ -1,0 +1,135 @@
+"""The command `gatefuse scan`: a target, a report, an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from gatefuse import compat
+from gatefuse.report import FusionError, Report, write
+from gatefuse.scan_targets import Builder, TargetError, from_config_file, from_name, values_of
+
+__all__ = ["add_to", "run"]
+
+_EPILOG = """\
+examples:
+  gatefuse scan --config Qwen3-Next-80B-A3B-Instruct/config.json --device cuda
+  gatefuse scan transformers:Qwen2MoeConfig hidden_size=256 num_hidden_layers=4
+  gatefuse scan my_package.models:build --expect 24     # build() returns (model, args)
+  gatefuse scan train.py -- --lr 0.1                    # runs it, with gatefuse turned on
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the subcommands of a parser."""
+    scan = commands.add_parser(
+        "scan",
+        help="tell which gates of a model would be fused, without weights, compiler or GPU",
+        description="Tell which gates of a model would be fused, and why the others would not. "
+        "Fake tensors, no weights, no code generation: no compiler and no GPU are needed.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    scan.add_argument(
+        "words",
+        nargs="*",
+        metavar="target [name=value ...]",
+        help="package.module:name or file.py:name: a configuration or model class of transformers, "
+        "or a function that returns (model, args) or (model, args, kwargs); name=value are its "
+        "arguments. Or script.py, with its own arguments after --",
+    )
+    scan.add_argument("--config", type=Path, metavar="FILE", help="config.json of transformers")
+    scan.add_argument(
+        "--device", help="cpu or cuda, which need not be here (default: the GPU if there is one)"
+    )
+    scan.add_argument("--training", action="store_true", help="a training step")
+    scan.add_argument("--dynamic", action="store_true", help="sizes of the inputs are symbolic")
+    scan.add_argument(
+        "--tokens", type=int, default=16, metavar="N", help="for models of transformers: 16"
+    )
+    scan.add_argument(
+        "--expect", type=int, default=0, metavar="N", help="exit with 1 if fewer gates fuse"
+    )
+    scan.add_argument("--json", action="store_true", help="print the report as JSON")
+    scan.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
+    scan.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0; 1 if fewer gates fuse than expected; 2 if nothing could be scanned."""
+    from gatefuse.scanning import ScanError
+
+    try:
+        if args.tokens < 1 or args.expect < 0:
+            raise TargetError("--tokens must be 1 or more, --expect 0 or more")
+        if (reason := compat.unsupported_reason()) is not None:
+            raise TargetError(f"nothing is fused: {reason}")
+        script = args.words[0] if args.words and args.config is None else ""
+        if script.endswith(".py"):
+            report = _run_script(Path(script), args.words[1:], args)
+        else:
+            report = _scan(args, _builder(args))
+        if args.html is not None:
+            from gatefuse import page
+
+            write(args.html, page.html(report))
+    except (TargetError, ScanError, TypeError, ValueError, OSError) as e:
+        message = str(e).removeprefix("gatefuse: ")
+        print(f"gatefuse: {message}", file=sys.stderr)
+        return 2
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    fused = report.fused if report.model is None else len(report.model.fused)
+    if fused < args.expect:
+        print(f"gatefuse: expected at least {args.expect} gates to fuse", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _builder(args: argparse.Namespace) -> Builder:
+    if args.config is not None:
+        return from_config_file(args.config, values_of(args.words), args.tokens)
+    if not args.words:
+        raise TargetError("name what to scan: package.module:function, a script or --config FILE")
+    return from_name(args.words[0], values_of(args.words[1:]), args.tokens)
+
+
+def _scan(args: argparse.Namespace, builder: Builder) -> Report:
+    from gatefuse.scanning import scan
+
+    return scan(builder, device=args.device, training=args.training, dynamic=args.dynamic)
+
+
+def _run_script(path: Path, words: list[str], args: argparse.Namespace) -> Report:
+    """Run a script as ``python script.py`` does, with gatefuse turned on for what it compiles. Its
+    own output goes to stderr."""
+    from gatefuse.backend import fusing
+
+    if args.device or args.training or args.dynamic:
+        raise TargetError("--device, --training and --dynamic are not for scripts: the script says")
+    if not path.is_file():
+        raise TargetError(f"there is no file {path}")
+    argv, search = sys.argv, sys.path[:]
+    sys.argv, sys.path[0:1] = [str(path), *words], [str(path.parent)]
+    report = None
+    try:
+        with contextlib.redirect_stdout(sys.stderr), fusing() as report:
+            runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as e:
+        if e.code not in (None, 0):
+            raise TargetError(f"{path} ended with {e.code!r}") from None
+    except FusionError as e:
+        raise TargetError(str(e)) from None
+    except Exception as e:
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise TargetError(f"{path} failed at {where}: {type(e).__name__}: {e}") from None
+    finally:
+        sys.argv, sys.path[:] = argv, search
+    assert report is not None
+    return report
