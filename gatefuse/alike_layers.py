@@ -132,7 +132,8 @@ def _kinds(layers: Sequence[nn.Module]) -> list[Hashable]:
     for number, parts in enumerate(described):
         for key, value in parts.items():
             plain = isinstance(value, int) and not isinstance(value, bool)
-            offsets.setdefault(key, []).append(value - number if plain else None)
+            offset = value - number if plain else None
+            offsets.setdefault(key, []).append(offset)
     # A layer's own number is as far from its place in each of the layers.
     numbers = {
         key
@@ -142,7 +143,7 @@ def _kinds(layers: Sequence[nn.Module]) -> list[Hashable]:
     return [tuple((k, v) for k, v in d.items() if k not in numbers) for d in described]
 
 
-def _parts(layer: nn.Module) -> Iterator[tuple[Hashable, Hashable]]:
+def _parts(layer: nn.Module) -> Iterator[tuple[Hashable, Any]]:
     for name, module in layer.named_modules():
         yield name, type(module)
         for key, value in sorted(module.__dict__.items()):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gatefuse import compat
-from gatefuse.report import FusionError, Report, write
+from gatefuse.report import FusionError, Report
 from gatefuse.scan_targets import Builder, TargetError, from_config_file, from_name, values_of
 
 __all__ = ["add_to", "run"]
@@ -76,9 +76,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             report = _scan(args, _builder(args))
         if args.html is not None:
-            from gatefuse import page
-
-            write(args.html, page.html(report))
+            report.save_page(args.html)
     except (TargetError, ScanError, TypeError, ValueError, OSError) as e:
         message = str(e).removeprefix("gatefuse: ")
         print(f"gatefuse: {message}", file=sys.stderr)

@@ -93,7 +93,7 @@ def from_name(name: str, values: dict[str, Any], tokens: int) -> Builder:
     if transformers is not None and issubclass(found, transformers.PreTrainedConfig):
         return _of_config(_config(found, values), tokens)
     if transformers is not None and issubclass(found, transformers.PreTrainedModel):
-        config_class = found.config_class
+        config_class = getattr(found, "config_class", None)
         if config_class is None:
             raise TargetError(f"{name} has no configuration class; name a model's own class")
         return _of_config(_config(config_class, values), tokens, found)
@@ -189,12 +189,12 @@ def _of_config(config: Any, tokens: int, model_class: Any = None) -> Builder:
                 )
             model = known[0].from_config(config, dtype=dtype)
         parameters = inspect.signature(model.forward).parameters
-        kwargs = {"use_cache": False} if "use_cache" in parameters else {}
+        kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         name = getattr(model, "main_input_name", "input_ids")
         if name != "input_ids":
             raise TargetError(
-                f"{type(model).__name__} takes {name}, no tokens. Name a builder, which returns the "
-                "model and its arguments"
+                f"{type(model).__name__} takes {name}, no tokens. Name a builder, which returns "
+                "the model and its arguments"
             )
         if getattr(config, "is_encoder_decoder", False):
             kwargs["decoder_input_ids"] = torch.zeros(1, tokens, dtype=torch.int64)

@@ -360,7 +360,10 @@ def _kind(sigmoid: Sigmoid) -> Kind:
     with contextlib.suppress(Exception):
         linear = match_logit(sigmoid) is not None
     with contextlib.suppress(Exception):
-        product = bool(_match_products(sigmoid.gate)[0]) or scales_rows_in_part(sigmoid.gate)
+        wide = math.prod(tensor_of(sigmoid.gate, "the gate").shape)
+        products = [tensor_of(p.mul, "the product") for p in _match_products(sigmoid.gate)[0]]
+        product = any(not known(math.prod(p.shape) == wide) for p in products)
+        product = product or scales_rows_in_part(sigmoid.gate)
     return "gate" if linear and product else "near miss" if linear or product else "other"
 
 
