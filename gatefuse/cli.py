@@ -141,7 +141,7 @@ def _scan(args: argparse.Namespace) -> int:
 
 
 def _add_scan(commands: Any) -> None:
-        scan = commands.add_parser(
+    scan = commands.add_parser(
         "scan",
         help="tell which gates of a model would be fused, without weights, compiler or GPU",
         description="Tell which gates of a model would be fused, and why the others would not. "

@@ -115,8 +115,8 @@ def _called(name: str, function: Callable[..., Any], values: dict[str, Any]) -> 
         result = function(**values)
         if not isinstance(result, tuple):
             raise ScanError(
-                f"gatefuse: {name} returned only a {type(result).__name__}; expected (model, args) or "
-                "(model, args, kwargs)"
+                f"gatefuse: {name} returned only a {type(result).__name__}; expected (model, args) "
+                "or (model, args, kwargs)"
             )
         return result
 
@@ -186,8 +186,8 @@ def _of_config(config: Any, tokens: int, model_class: Any = None) -> Builder:
             known = [a for a in auto if type(config) in a._model_mapping]
             if not known:
                 raise ScanError(
-                    f"gatefuse: transformers has no language model for {type(config).__name__}; name a model "
-                    "class or a builder"
+                    "gatefuse: transformers has no language model for "
+                    f"{type(config).__name__}; name a model class or a builder"
                 )
             model = known[0].from_config(config, dtype=dtype)
         parameters = inspect.signature(model.forward).parameters
@@ -195,8 +195,8 @@ def _of_config(config: Any, tokens: int, model_class: Any = None) -> Builder:
         name = getattr(model, "main_input_name", "input_ids")
         if name != "input_ids":
             raise ScanError(
-                f"gatefuse: {type(model).__name__} takes {name}, no tokens. Name a builder, which returns "
-                "the model and its arguments"
+                f"gatefuse: {type(model).__name__} takes {name}, no tokens. Name a builder, which "
+                "returns the model and its arguments"
             )
         if getattr(config, "is_encoder_decoder", False):
             kwargs["decoder_input_ids"] = torch.zeros(1, tokens, dtype=torch.int64)
