@@ -127,13 +127,12 @@ def shorten(model: Any) -> list[AlikeLayers]:
 
 def _kinds(layers: Sequence[nn.Module]) -> list[Hashable]:
     """For each layer what is the same of two that compute the same, whatever their weights."""
-    described = [dict(_parts(layer)) for layer in layers]
+    described: list[dict[Any, Any]] = [dict(_parts(layer)) for layer in layers]
     offsets: dict[Hashable, list[int | None]] = {}
     for number, parts in enumerate(described):
         for key, value in parts.items():
             plain = isinstance(value, int) and not isinstance(value, bool)
-            offset = value - number if plain else None
-            offsets.setdefault(key, []).append(offset)
+            offsets.setdefault(key, []).append(value - number if plain else None)
     # A layer's own number is as far from its place in each of the layers.
     numbers = {
         key
@@ -143,7 +142,7 @@ def _kinds(layers: Sequence[nn.Module]) -> list[Hashable]:
     return [tuple((k, v) for k, v in d.items() if k not in numbers) for d in described]
 
 
-def _parts(layer: nn.Module) -> Iterator[tuple[Hashable, Any]]:
+def _parts(layer: nn.Module) -> Iterator[tuple[Any, Any]]:
     for name, module in layer.named_modules():
         yield name, type(module)
         for key, value in sorted(module.__dict__.items()):

@@ -70,6 +70,54 @@ def _bench(args: argparse.Namespace) -> int:
     return code
 
 
+_SCAN_EXAMPLES = """\
+examples:
+  gatefuse scan --config Qwen3-Next-80B-A3B-Instruct/config.json --device cuda
+  gatefuse scan transformers:Qwen2MoeConfig hidden_size=256 num_hidden_layers=4
+  gatefuse scan my_package.models:build --expect 24     # build() returns (model, args)
+  gatefuse scan train.py -- --lr 0.1                    # runs it, with gatefuse turned on
+"""
+
+
+def _scan(args: argparse.Namespace) -> int:
+
+    return scan_command.run(args)
+
+
+def _add_scan(commands: Any) -> None:
+    scan = commands.add_parser(
+        "scan",
+        help="tell which gates of a model would be fused, without weights, compiler or GPU",
+        description="Tell which gates of a model would be fused, and why the others would not. "
+        "Fake tensors, no weights, no code generation: no compiler and no GPU are needed.",
+        epilog=_SCAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    scan.add_argument(
+        "words",
+        nargs="*",
+        metavar="target [name=value ...]",
+        help="package.module:name or file.py:name: a configuration or model class of transformers, "
+        "or a function that returns (model, args) or (model, args, kwargs); name=value are its "
+        "arguments. Or script.py, with its own arguments after --",
+    )
+    scan.add_argument("--config", type=Path, metavar="FILE", help="config.json of transformers")
+    scan.add_argument(
+        "--device", help="cpu or cuda, which need not be here (default: the GPU if there is one)"
+    )
+    scan.add_argument("--training", action="store_true", help="a training step")
+    scan.add_argument("--dynamic", action="store_true", help="sizes of the inputs are symbolic")
+    scan.add_argument(
+        "--tokens", type=int, default=16, metavar="N", help="for models of transformers: 16"
+    )
+    scan.add_argument(
+        "--expect", type=int, default=0, metavar="N", help="exit with 1 if fewer gates fuse"
+    )
+    scan.add_argument("--json", action="store_true", help="print the report as JSON")
+    scan.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
+    scan.set_defaults(run=_scan)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gatefuse",
@@ -77,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gatefuse {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    scan_command.add_to(commands)
+    _add_scan(commands)
 
     demo = commands.add_parser(
         "demo", help="compile small transformers models with and without gatefuse and compare"

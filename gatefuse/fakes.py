@@ -79,8 +79,8 @@ def on_fakes(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
     memo: dict[int, Any] = {}
 
     def fake(t: Tensor) -> Tensor:
-        wrapper: Any = is_traceable_wrapper_subclass(t)
-        if wrapper or t.layout is not torch.strided:
+        wrapper: Any = is_traceable_wrapper_subclass
+        if wrapper(t) or t.layout is not torch.strided:
             return mode.from_tensor(t).to(device)
         new = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device)
         new.requires_grad_(t.requires_grad)

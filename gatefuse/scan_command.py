@@ -9,62 +9,17 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 from gatefuse import compat
 from gatefuse.report import FusionError, Report
 from gatefuse.scan_targets import Builder, TargetError, from_config_file, from_name, values_of
+from gatefuse.scanning import ScanError, scan
 
-__all__ = ["add_to", "run"]
-
-_EPILOG = """\
-examples:
-  gatefuse scan --config Qwen3-Next-80B-A3B-Instruct/config.json --device cuda
-  gatefuse scan transformers:Qwen2MoeConfig hidden_size=256 num_hidden_layers=4
-  gatefuse scan my_package.models:build --expect 24     # build() returns (model, args)
-  gatefuse scan train.py -- --lr 0.1                    # runs it, with gatefuse turned on
-"""
-
-
-def add_to(commands: Any) -> None:
-    """Add the command to the subcommands of a parser."""
-    scan = commands.add_parser(
-        "scan",
-        help="tell which gates of a model would be fused, without weights, compiler or GPU",
-        description="Tell which gates of a model would be fused, and why the others would not. "
-        "Fake tensors, no weights, no code generation: no compiler and no GPU are needed.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    scan.add_argument(
-        "words",
-        nargs="*",
-        metavar="target [name=value ...]",
-        help="package.module:name or file.py:name: a configuration or model class of transformers, "
-        "or a function that returns (model, args) or (model, args, kwargs); name=value are its "
-        "arguments. Or script.py, with its own arguments after --",
-    )
-    scan.add_argument("--config", type=Path, metavar="FILE", help="config.json of transformers")
-    scan.add_argument(
-        "--device", help="cpu or cuda, which need not be here (default: the GPU if there is one)"
-    )
-    scan.add_argument("--training", action="store_true", help="a training step")
-    scan.add_argument("--dynamic", action="store_true", help="sizes of the inputs are symbolic")
-    scan.add_argument(
-        "--tokens", type=int, default=16, metavar="N", help="for models of transformers: 16"
-    )
-    scan.add_argument(
-        "--expect", type=int, default=0, metavar="N", help="exit with 1 if fewer gates fuse"
-    )
-    scan.add_argument("--json", action="store_true", help="print the report as JSON")
-    scan.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
-    scan.set_defaults(run=run)
+__all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0; 1 if fewer gates fuse than expected; 2 if nothing could be scanned."""
-    from gatefuse.scanning import ScanError
-
     try:
         if args.tokens < 1 or args.expect < 0:
             raise TargetError("--tokens must be 1 or more, --expect 0 or more")
@@ -98,8 +53,6 @@ def _builder(args: argparse.Namespace) -> Builder:
 
 
 def _scan(args: argparse.Namespace, builder: Builder) -> Report:
-    from gatefuse.scanning import scan
-
     return scan(builder, device=args.device, training=args.training, dynamic=args.dynamic)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from gatefuse.scanning import ScanError
+
 __all__ = ["Builder", "TargetError", "from_config_file", "from_name", "values_of"]
 
 Builder = Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]]]
@@ -112,9 +114,9 @@ def _called(name: str, function: Callable[..., Any], values: dict[str, Any]) -> 
     def build() -> Any:
         result = function(**values)
         if not isinstance(result, tuple):
-            raise TargetError(
-                f"{name} returned only a {type(result).__name__}; expected (model, args) or "
-                "(model, args, kwargs)"
+            raise ScanError(
+                f"gatefuse: {name} returned only a {type(result).__name__}; expected (model, args) "
+                "or (model, args, kwargs)"
             )
         return result
 
@@ -183,18 +185,18 @@ def _of_config(config: Any, tokens: int, model_class: Any = None) -> Builder:
         else:
             known = [a for a in auto if type(config) in a._model_mapping]
             if not known:
-                raise TargetError(
-                    f"transformers has no language model for {type(config).__name__}; name a model "
-                    "class or a builder"
+                raise ScanError(
+                    "gatefuse: transformers has no language model for "
+                    f"{type(config).__name__}; name a model class or a builder"
                 )
             model = known[0].from_config(config, dtype=dtype)
         parameters = inspect.signature(model.forward).parameters
         kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         name = getattr(model, "main_input_name", "input_ids")
         if name != "input_ids":
-            raise TargetError(
-                f"{type(model).__name__} takes {name}, no tokens. Name a builder, which returns "
-                "the model and its arguments"
+            raise ScanError(
+                f"gatefuse: {type(model).__name__} takes {name}, no tokens. Name a builder, which "
+                "returns the model and its arguments"
             )
         if getattr(config, "is_encoder_decoder", False):
             kwargs["decoder_input_ids"] = torch.zeros(1, tokens, dtype=torch.int64)

@@ -205,7 +205,7 @@ def _built(
         args = tuple(inputs[0]) if isinstance(inputs[0], tuple | list) else (inputs[0],)
     if len(inputs) == 2:
         kwargs = inputs[1]
-    return model, tuple(args), dict(kwargs)
+    return model, args, dict(kwargs)
 
 
 def _needs_no_arguments(function: Callable[..., Any]) -> bool:
