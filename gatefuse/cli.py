@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gatefuse import __version__, scan_command
+from gatefuse import __version__
 
 __all__ = ["main"]
 

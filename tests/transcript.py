@@ -1,6 +1,7 @@
-"""What a new user types, and what gatefuse answers, for docs/transcript.md.
+"""What a new user types, and what gatefuse answers.
 
-``python -m tests.transcript > docs/transcript.md``. Each command runs in a process of its own, from the root of a checkout with the extra ``test``.
+``python -m tests.transcript > docs/transcript.md``. Each command runs in a process of its own, from
+the root of a checkout with the extra ``test``.
 """
 
 from __future__ import annotations
