@@ -80,6 +80,7 @@ examples:
 
 
 def _scan(args: argparse.Namespace) -> int:
+    from gatefuse import scan_command
 
     return scan_command.run(args)
 
