@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
@@ -172,9 +173,15 @@ def _kept_state() -> Iterator[None]:
         with (
             torch.set_grad_enabled(torch.is_grad_enabled()),
             warnings.catch_warnings(),
-            config.patch(force_disable_caches=True, shape_padding=False),
+            # Not force_disable_caches, which makes a folder for each graph.
+            config.patch(fx_graph_cache=False, fx_graph_remote_cache=False, shape_padding=False),
+            functorch_config.patch(
+                enable_autograd_cache=False,
+                enable_remote_autograd_cache=False,
+                force_non_lazy_backward_lowering=True,
+            ),
         ):
-            # Of PyTorch's, about caches that are off, and of a model about speed.
+            # About speed, of PyTorch's and of the model's.
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -253,8 +260,6 @@ class _Tracer:
 
     def trace(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
         """The report of one call; ScanError where it fails."""
-        from torch._functorch import config as functorch_config
-
         counter = GateCounter(model)
 
         def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -270,7 +275,6 @@ class _Tracer:
             with (
                 recording.record() as report,
                 torch.set_grad_enabled(self.grad),
-                functorch_config.patch(force_non_lazy_backward_lowering=True),
                 torch._dynamo.config.patch(recompile_limit=64),
             ):
                 torch.compile(model, backend=backend, dynamic=self.dynamic or None)(*args, **kwargs)

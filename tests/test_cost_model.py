@@ -80,7 +80,7 @@ def test_operators_that_are_called() -> None:
         torch.ops.gatefuse_tests.opaque.default,
         torch.ops.gatefuse.linear_sigmoid_mul.default,
     ):
-        assert cost_model._is_opaque(op)
+        assert cost_model.is_opaque(op)
 
 
 def _buffers() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch._inductor.config as inductor_config
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gatefuse
 from tests.support.forms import Gate, H, linear, make_inputs
@@ -63,3 +64,17 @@ def test_explain_tells_of_rejections() -> None:
     (rejection,) = report.rejections
     assert report.fused == 0
     assert rejection.reason in str(report)
+
+
+def test_explain_without_data_is_a_scan() -> None:
+    with torch.device("meta"):
+        model = Gate()
+    inputs = (torch.randn(5, H), torch.randn(5, H))
+    with FakeTensorMode():
+        fake = torch.empty(5, H), torch.empty(5, H)
+    for target, args in ((model, inputs), (Gate(), fake), (Gate(), [x.to("meta") for x in inputs])):
+        report = gatefuse.explain(target, *args)
+        assert report.verdict == "1 of 1 gates fuse"
+        assert {g.phase for g in report.graphs} == {"forward", "backward"}
+    with torch.no_grad():
+        assert [g.phase for g in gatefuse.explain(model, *inputs).graphs] == ["inference"]
