@@ -169,6 +169,73 @@ def test_says_what_the_code_for_a_gpu_has(form: Form) -> None:
     assert reasons(said) == reasons(real)
 
 
+def by_matmul(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(x @ w.t()) * (v @ v.t() @ v)
+
+
+def into_matmul(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return (torch.sigmoid(x @ w.t()) * v) @ v.t()
+
+
+def by_activation(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(x @ w.t()) * torch.relu(v)
+
+
+def input_by_activation(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(torch.relu(x) @ w.t()) * v
+
+
+def into_activation(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.relu((torch.sigmoid(x @ w.t()) * v).view(-1))
+
+
+def part_of_matmul(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(x @ w.t()) * torch.split(v @ torch.cat([v] * 20).t(), H, -1)[0]
+
+
+def second_gate(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(x @ w.t()) * (torch.sigmoid(v @ w.t()) * v)
+
+
+def by_topk(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(x @ w.t()) * torch.topk(v, H, dim=-1)[0]
+
+
+def by_mean(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(x @ w.t()) * torch.var_mean(v.unsqueeze(0), dim=0, correction=0)[1]
+
+
+def concatenated(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    left, right = torch.split(v, H // 2, -1)
+    return torch.sigmoid(x @ w.t()) * torch.cat([right, left @ left.t() @ left], -1)
+
+
+def concatenated_activations(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    left, right = torch.split(torch.relu(v), H // 2, -1)
+    return torch.sigmoid(x @ w.t()) * torch.cat([torch.tanh(right), left.sin()], -1)
+
+
+NEIGHBOURS = [
+    concatenated_activations,
+    by_matmul,
+    into_matmul,
+    by_activation,
+    input_by_activation,
+    into_activation,
+]
+NEIGHBOURS += [part_of_matmul, second_gate, by_topk, by_mean, concatenated]
+
+
+@pytest.mark.parametrize("fn", NEIGHBOURS, ids=lambda fn: fn.__name__)
+def test_says_what_neighbours_decide(fn: Callable[..., Tensor]) -> None:
+    inputs = [torch.zeros(size, dtype=torch.bfloat16) for size in ((5, H), (1, H), (5, H))]
+    with cuda_codegen(), gatefuse.fusing() as real, torch.no_grad():
+        torch.compile(fn)(*map(on_a_gpu, inputs))
+    said = gatefuse.scan(fn, inputs, device="cuda")
+    assert real.fused
+    assert placements(said) == placements(real)
+
+
 def test_both_placements_are_predicted() -> None:
     alone = gatefuse.scan(linear, make_inputs(linear), device="cuda")
     assert [s.placement for s in alone.sites] == ["kernel"]

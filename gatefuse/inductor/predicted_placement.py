@@ -21,6 +21,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+_CALLED_BY_ITS_LOWERING = {aten.topk.default}
 _SAME_OR_COPY = {aten._to_copy.default, prims.device_put.default}
 
 
@@ -65,6 +66,18 @@ def _made_by_inductor(node: Any) -> bool:
             before, after = val_of(source), val_of(node)
             if before is not None and after is not None and before.device != after.device:
                 return False
+        if target in _CALLED_BY_ITS_LOWERING:
+            return False
+        if target is aten.cat.default:
+            return all(map(_is_copied, node.all_input_nodes))
         # The result of another fused gate is memory that Inductor has laid out.
         return target.namespace == "gatefuse" or not is_opaque(target)
     return False
+
+
+def _is_copied(part: Node) -> bool:
+    """Whether a kernel copies this part of a concatenation; else its producer writes it where it
+    belongs, and there is no such kernel."""
+    if part.op == "placeholder":
+        return True
+    return _made_by_inductor(part) and len(part.users) == 1
