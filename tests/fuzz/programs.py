@@ -220,7 +220,8 @@ class Builder:
         t = self.env[of]
         if t.requires_grad or of in self.state or not t.is_contiguous():
             return None
-        view = self.rng.choice(["", ".view({}.shape)", "[:]", ".detach()"]).format(of)
+        views = ["", ".view({}.shape)", "[:]" if t.dim() else ".view(())", ".detach()"]
+        view = self.rng.choice(views).format(of)
         name = self.name("a")
         exec(f"{name} = {of}{view}", self.env)
         self.inputs.append(f"{name} = {of}{view}")

@@ -259,7 +259,8 @@ def cuda_codegen(device: Device = H200) -> Iterator[Generated]:
 def on_cuda(t: torch.Tensor) -> torch.Tensor:
     """A fake tensor on the GPU like `t`: sizes, strides, and which sizes are marked dynamic."""
     moved = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
-    moved.__dict__.update(t.__dict__)
+    # What a fake tensor knows of itself, its device too, is not copied.
+    moved.__dict__.update({k: v for k, v in t.__dict__.items() if k not in moved.__dict__})
     return moved
 
 
