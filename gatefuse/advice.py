@@ -63,7 +63,7 @@ _ADVICE = (
 
 
 def advice(reason: str) -> str | None:
-    """What to change so that a gate left alone for this reason is fused, where that is known."""
+    """What to change to have a gate fused that was left alone for this reason, where known."""
     for pattern, text in _ADVICE:
         if found := re.search(pattern, reason):
             return text.format(**found.groupdict())

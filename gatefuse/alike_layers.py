@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,8 +72,8 @@ class AlikeLayers:
         prefix = f"{self.name}."
         if name is None or not name.startswith(prefix):
             return None
-        number = name.removeprefix(prefix).partition(".")[0]
-        return int(number) if number.isdigit() else None
+        number = re.match(r"\d+(?=[. ]|$)", name.removeprefix(prefix))
+        return int(number[0]) if number else None
 
     def _renamed(self, name: str | None, j: int) -> str | None:
         i = self._index(name)
@@ -81,10 +82,7 @@ class AlikeLayers:
         return f"{self.name}.{j}" + name.removeprefix(f"{self.name}.{i}")
 
     def _moved(self, record: Any, j: int) -> Any:
-        new = replace(record, layer=self._renamed(record.layer, j))
-        if hasattr(record, "linear"):
-            new.linear = self._renamed(record.linear, j)
-        return new
+        return replace(record, layer=self._renamed(record.layer, j))
 
     def _all(self, names: list[str]) -> list[str]:
         copies = [(j, n) for n in names for j in self._likes(n)]

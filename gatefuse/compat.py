@@ -22,6 +22,7 @@ __all__ = [
     "TESTED_TORCH",
     "batch_invariant",
     "drops_rounding_casts",
+    "forget_output_code",
     "graph_phase",
     "inductor_options",
     "on_output_code",
@@ -96,6 +97,7 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
 
 _waiting: dict[int, list[tuple[object, Callable[[str], None]]]] = {}
 _earlier: Callable[[str], None] | None = None
+"""What is on Inductor's hook otherwise."""
 
 
 def on_output_code(see: Callable[[str], None]) -> None:
@@ -118,17 +120,21 @@ def on_output_code(see: Callable[[str], None]) -> None:
         GraphLowering.save_output_code = _save_output_code
 
 
-def _save_output_code(code: str) -> None:
+def forget_output_code() -> list[tuple[object, Callable[[str], None]]]:
+    """Undo :func:`on_output_code` for this thread; returns who waited, in which compilation."""
     global _earlier
-    from torch._inductor.graph import GraphLowering
+    waiting = _waiting.pop(threading.get_ident(), [])
+    lowering: Any = getattr(sys.modules.get("torch._inductor.graph"), "GraphLowering", None)
+    if not _waiting and getattr(lowering, "save_output_code", None) is _save_output_code:
+        lowering.save_output_code, _earlier = _earlier, None
+    return waiting
 
+
+def _save_output_code(code: str) -> None:
     if _earlier is not None:
         _earlier(code)
-    waiting = _waiting.pop(threading.get_ident(), [])
-    if not _waiting and GraphLowering.save_output_code is _save_output_code:
-        GraphLowering.save_output_code, _earlier = _earlier, None
     now = _compilation()
-    for compilation, see in waiting:
+    for compilation, see in forget_output_code():
         try:
             if compilation == now:
                 see(code)

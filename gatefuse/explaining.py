@@ -23,7 +23,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
 
     The call is a real one, on whatever device the model is, in the grad mode of the caller; if its
     result requires grad, the backward graph is compiled too, without touching any ``.grad``.
-    Inductor's caches are off for it, so that every site and rejection is seen. Compilations made
+    Inductor's caches are off for it, so every site and rejection is seen. Compilations made
     before are left alone. Options come from the environment, or from a surrounding
     :func:`gatefuse.fusing`.
 
@@ -42,7 +42,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
             model, args, kwargs, device=None, grad=torch.is_grad_enabled(), train_mode=None
         )
 
-    # A backend of its own, so that Dynamo compiles every frame anew.
+    # A backend of its own makes Dynamo compile every frame anew.
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         counter.see(gm)
         return gatefuse_backend(gm, example_inputs)
@@ -73,7 +73,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
             except RuntimeError as e:
                 if "backward through the graph a second time" not in str(e):
                     raise  # else the call itself went backward
-    result.model = counter.result(result.sites)
+    result.model = counter.result(result.graphs)
     return result
 
 

@@ -36,9 +36,9 @@ def has_no_data(tensor: Any) -> bool:
 
 
 class FakeMode(FakeTensorMode):
-    """Guesses what depends on data, so that code between compiled graphs runs on: a number is 1,
-    a condition is true, two elements are found. Dynamo traces with a mode of its own, which does
-    not guess."""
+    """Guesses what depends on data, for the code between compiled graphs: a number is 1, a
+    condition is true, two elements are found. Dynamo traces with a mode of its own, which does not
+    guess."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)

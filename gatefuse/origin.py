@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch.fx import Node
 
-__all__ = ["Origin", "layer_of", "layers_as_text", "origin_of", "without_folders"]
+__all__ = ["Origin", "layers_as_text", "module_name", "origin_of", "without_folders"]
 
 _FRAME = re.compile(r'File "(?P<path>[^"]*)", line (?P<line>\d+)(?:, in (?P<scope>.+))?')
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")

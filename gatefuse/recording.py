@@ -67,7 +67,7 @@ class _Recorder:
         self.counted = _counted()
 
     def listening(self) -> bool:
-        """Whether what this thread compiles belongs into the report: in the thread that opened it,
+        """Whether what this thread compiles belongs in the report: in the thread that opened it,
         and in autograd's own threads, which compile a backward for whoever calls it."""
         foreign = isinstance(threading.current_thread(), threading._DummyThread)
         return foreign or self in _ours.get()
@@ -230,11 +230,13 @@ def _save(graph: GraphReport) -> None:
 
 
 @contextlib.contextmanager
-def record() -> Iterator[Report]:
+def record(*, alone: bool = False) -> Iterator[Report]:
     """Yields a :class:`gatefuse.Report` that fills as this thread compiles graphs inside the block.
 
     Enables nothing by itself: it tells what a backend, an option or :func:`gatefuse.enable` does.
     What other threads of the program compile is in reports of their own.
+
+    alone: nothing of it goes into the reports of surrounding blocks.
     """
     from torch._dynamo.callback import callback_handler
 
@@ -259,13 +261,14 @@ def record() -> Iterator[Report]:
 
     with _lock:
         _open.append(recorder)
-    token = _ours.set((*_ours.get(), recorder))
+    token = _ours.set((recorder,) if alone else (*_ours.get(), recorder))
     callback_handler.register_end_callback(compiled)
     try:
         yield report
     finally:
         with contextlib.suppress(ValueError):  # torch._dynamo.reset() drops every callback
             callback_handler.remove_end_callback(compiled)
+        compat.forget_output_code()  # of a compilation that ended before there was any
         with _lock:
             _open.remove(recorder)
             recorder.absorb_cached()

@@ -40,7 +40,7 @@ class SiteReport:
     """One fused gate. rows, H and D are sizes as text, for they may be symbolic.
 
     location, line: where the model's source computes the gate. layer: the module that does, by its
-    name in the model. linear: the module of the linear, or the one that owns its weight.
+    name in the model.
     before, after: the nodes of the gate, each after those that it reads.
     """
 
@@ -57,7 +57,6 @@ class SiteReport:
     placement_reason: str = ""
     line: str | None = None
     layer: str | None = None
-    linear: str | None = None
     key: str = field(default="", repr=False)
     before: list[DrawnNode] = field(default_factory=list, repr=False)
     after: list[DrawnNode] = field(default_factory=list, repr=False)
@@ -104,9 +103,10 @@ class GraphReport:
 class ModelGates:
     """The gates that a model has, whatever was compiled.
 
-    gates: the modules ``Linear(H, 1)``, or those that own a weight ``[1, H]``, of which the logit
-    reaches a sigmoid, by name. fused: those of them that were fused. not_compiled: modules
-    ``Linear(H, 1)`` that are in no compiled graph: whether they are gates cannot be seen.
+    gates: the modules ``Linear(H, 1)``, or weights ``[1, H]``, of which the logit reaches a
+    sigmoid, by name; a gate written in another way by its layer and line. fused: those of them
+    that were fused. not_compiled: modules ``Linear(H, 1)`` that are in no compiled graph: whether
+    they are gates cannot be seen.
     note: what was assumed, such as layers that are alike and were looked at once.
     """
 

@@ -273,14 +273,14 @@ class _Tracer:
             model._compiled_call_impl = None  # of model.compile()
         try:
             with (
-                recording.record() as report,
+                recording.record(alone=True) as report,
                 torch.set_grad_enabled(self.grad),
                 torch._dynamo.config.patch(recompile_limit=64),
             ):
                 torch.compile(model, backend=backend, dynamic=self.dynamic or None)(*args, **kwargs)
         except Exception as e:
             raise ScanError(f"gatefuse: the model cannot be traced: {_short(e)}") from e
-        report.model = counter.result(report.sites)
+        report.model = counter.result(report.graphs)
         return report
 
     def _compile(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

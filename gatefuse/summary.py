@@ -77,7 +77,7 @@ def nothing_compiled(
             "the block in the thread that calls the model"
         )
     if activity.breaks:
-        return f"nothing could be compiled. PyTorch's reason: {_first_line(activity.breaks)}"
+        return f"nothing could be compiled. PyTorch's reason: {_first_lines(activity.breaks)}"
     not_at_all = "pass the model to torch.compile, and call the result in the block"
     if activity.before:
         return (
@@ -148,7 +148,8 @@ def _left_alone(rejections: list[RejectionReport], activity: Activity) -> Iterat
             yield f"      {line}"
         yield f"      {reason}"
         if reason.endswith(_CUT) and activity.breaks:
-            yield f"      cut by a graph break: {_first_line(activity.breaks)}"
+            cause = "a graph break" if len(activity.breaks) == 1 else "one of these graph breaks"
+            yield f"      cut by {cause}: {_first_lines(activity.breaks)}"
         if change := advice(reason):
             yield f"      to do: {change}"
 
@@ -188,6 +189,10 @@ def _number(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 or what.endswith(')') else 's'}"
 
 
-def _first_line(breaks: dict[str, int]) -> str:
-    lines = [line.strip() for line in next(iter(breaks)).splitlines() if line.strip()]
-    return " ".join(lines[:2])
+def _first_lines(breaks: dict[str, int]) -> str:
+    texts = []
+    for reason in list(breaks)[:3]:
+        lines = [line.strip() for line in reason.splitlines() if line.strip()]
+        texts.append(" ".join(lines[:2]))
+    more = f"; and {len(breaks) - 3} more" if len(breaks) > 3 else ""
+    return "; ".join(texts) + more

@@ -103,7 +103,7 @@ GUARDS = [
         ("other than one bias",),
         sizes={"b": (1, 1, 1)},
     ),
-    Guard("cut-behind-the-first", lambda x, w, v: torch.sigmoid(
+    Guard("cut-after-the-first", lambda x, w, v: torch.sigmoid(
           (x @ F.pad(w.t(), [0, 7]))[:, 1:2]) * v, 0, ("a slice",)),
     Guard("every-second-padded-row", lambda x, w, v: torch.sigmoid(
           (F.pad(x, [0, 0, 0, 6]) @ w.t())[::2]) * v, 0, ("a slice",)),

@@ -336,6 +336,7 @@ def test_a_graph_never_gets_the_code_of_another(monkeypatch: pytest.MonkeyPatch)
             torch.compile(linear)(*make_inputs(linear))
         monkeypatch.undo()
         torch.compile(addend_bias)(*make_inputs(addend_bias))
+    assert GraphLowering.save_output_code is None  # as it was
     failed, compiled = report.graphs
     assert failed.code is None
     assert compiled.code is not None

@@ -16,14 +16,14 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 from torch import Tensor, nn
+from torch._inductor.graph import GraphLowering
 
 import gatefuse
 from gatefuse import cli
 from tests.support import models
-from tests.support.cuda_codegen import cuda_codegen
+from tests.support.cuda_codegen import cuda_codegen, on_cuda
 from tests.support.form_table import FORMS, Form
 from tests.support.forms import Gate, H, linear, make_inputs
-from tests.support.real_configs import QWEN3_5_397B, QWEN3_NEXT_80B
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
@@ -146,12 +146,6 @@ def test_says_what_explain_says_on_the_cpu(form: Form) -> None:
     assert [g.phase for g in said.graphs].count("backward") == int(form.grad)
 
 
-def on_a_gpu(t: Tensor) -> Tensor:
-    moved = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
-    moved.__dict__.update({k: v for k, v in t.__dict__.items() if k not in moved.__dict__})
-    return moved
-
-
 #: PyTorch without CUDA cannot index a tensor on a GPU, fake or not: no code to compare with.
 INDEXED = ("weight-row-of-table", "mv-3d", "padded", "strided-rows")
 ON_A_GPU = [f for f in PLAIN if not f.grad and not f.id.startswith(INDEXED)]
@@ -161,7 +155,7 @@ ON_A_GPU = [f for f in PLAIN if not f.grad and not f.id.startswith(INDEXED)]
 def test_says_what_the_code_for_a_gpu_has(form: Form) -> None:
     inputs = form.inputs()
     with cuda_codegen(), gatefuse.fusing(placement=form.gpu_placement) as real, torch.no_grad():
-        torch.compile(form.fn, dynamic=dynamic_of(form))(*map(on_a_gpu, inputs))
+        torch.compile(form.fn, dynamic=dynamic_of(form))(*map(on_cuda, inputs))
     assert {s.placement for s in real.sites} <= {"inline", "kernel"}
     with gatefuse.fusing(placement=form.gpu_placement):
         said = gatefuse.scan(form.fn, inputs, device="cuda", dynamic=form.dynamic == "all")
@@ -230,7 +224,7 @@ NEIGHBOURS += [part_of_matmul, second_gate, by_topk, by_mean, concatenated]
 def test_says_what_neighbours_decide(fn: Callable[..., Tensor]) -> None:
     inputs = [torch.zeros(size, dtype=torch.bfloat16) for size in ((5, H), (1, H), (5, H))]
     with cuda_codegen(), gatefuse.fusing() as real, torch.no_grad():
-        torch.compile(fn)(*map(on_a_gpu, inputs))
+        torch.compile(fn)(*map(on_cuda, inputs))
     said = gatefuse.scan(fn, inputs, device="cuda")
     assert real.fused
     assert placements(said) == placements(real)
@@ -329,15 +323,13 @@ def test_neither_compiler_nor_memory_is_needed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config, gates", [(QWEN3_NEXT_80B, 48), (QWEN3_5_397B, 60)], ids=["80B", "397B"]
+    "name, gates", [("qwen3-next-80b-a3b", 48), ("qwen3.5-397b-a17b", 60)], ids=["80B", "397B"]
 )
-def test_real_models(
-    config: dict[str, Any], gates: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_real_models(name: str, gates: int, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = Path(__file__).parents[1] / "examples" / "configs" / f"{name}.json"
     start = time.process_time()
-    command = ["scan", "--config", str(tmp_path), "--device", "cuda", "--expect", str(gates)]
+    command = ["scan", "--config", str(config), "--device", "cuda", "--expect", str(gates)]
     assert cli.main([*command, "--json"]) == 0
     assert time.process_time() - start < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20  # KiB
@@ -348,9 +340,9 @@ def test_real_models(
     assert f"model.layers.4-{gates - 1} are built like model.layers.0-3" in report["model"]["note"]
     (graph,) = report["graphs"]
     assert {s["placement"] for s in graph["sites"]} == {"inline"}
-    assert [
-        s["linear"] for s in sorted(graph["sites"], key=lambda s: names.index(s["linear"]))
-    ] == names
+    assert {s["layer"] for s in graph["sites"]} == {
+        n.removesuffix(".shared_expert_gate") for n in names
+    }
 
 
 # --- layers that are alike ----------------------------------------------------------------------
@@ -437,6 +429,13 @@ def test_code_that_depends_on_data_runs_on() -> None:
         assert r.model.gates == r.model.fused == ["gate"]
         assert r.activity.breaks
     assert gatefuse.scan(SharedExpert(), (X,), device="cuda", training=True).fused == 1
+
+
+def test_a_scan_is_no_compilation_of_the_block_around_it() -> None:
+    with pytest.raises(gatefuse.FusionError), gatefuse.fusing(expect=1) as report:
+        assert gatefuse.scan(Stack("aa"), (X,)).fused == 2
+    assert report.graphs == []
+    assert GraphLowering.save_output_code is None
 
 
 def test_expect() -> None:

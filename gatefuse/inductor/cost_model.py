@@ -81,7 +81,7 @@ def reason_not_to_fuse(site: Site, options: Options) -> str | None:
 
 
 def _made_by_inductor(operand: Any) -> bool:
-    """Whether code that Inductor generates computes this operand, so that it can fuse with it."""
+    """Whether code that Inductor generates computes this operand and can fuse with the gate."""
     data = operand
     while isinstance(data, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
         data = data.data

@@ -25,7 +25,7 @@ from gatefuse.inductor.drawn_nodes import drawn_nodes
 from gatefuse.inductor.match_gate import Rejection, Site, find_sites
 from gatefuse.inductor.match_linear import LOGIT_IS_INPUT
 from gatefuse.inductor.rewriter import META_KEY, DifferentResult, Rewriter
-from gatefuse.origin import layer_of, origin_of
+from gatefuse.origin import origin_of
 from gatefuse.records import GraphReport, RejectionReport, SiteReport
 from gatefuse.report import FusionError, Report
 from gatefuse.settings import Options
@@ -76,7 +76,7 @@ class GateFusionPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """Identifies sources and options, for Inductor's cache key."""
-        recording.watch_for_dumps()
+        recording.watch_for_dumps()  # Inductor asks for the id before it looks into its cache
         off = settings.disabled_by_environment() or compat.unsupported_reason() is not None
         return f"gatefuse {_id_of_sources()} {self.options!r} off={off}"
 
@@ -201,7 +201,6 @@ def _site_report(site: Site, new: Node, key: str) -> SiteReport:
         location=origin.location,
         line=origin.line,
         layer=origin.layer,
-        linear=next(filter(None, map(layer_of, (site.logit, *site.chain))), origin.layer),
         rows=str(math.prod(x.shape[:-1])),
         H=str(x.shape[-1]),
         D=str(v.shape[-1]),
