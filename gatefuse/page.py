@@ -14,8 +14,8 @@ from gatefuse import drawing, excerpts
 from gatefuse.advice import advice
 from gatefuse.origin import layers_as_text, without_folders
 from gatefuse.page_style import STYLE
-from gatefuse.records import Activity, GraphReport, ModelGates, RejectionReport, SiteReport
-from gatefuse.summary import gates_and_fused, verdict
+from gatefuse.records import Activity, GraphReport, ModelGates, SiteReport
+from gatefuse.summary import extras, gates_and_fused, grouped, line_of, placed, verdict
 
 __all__ = ["html"]
 
@@ -96,16 +96,14 @@ def _model(model: ModelGates | None) -> str:
 
 
 def _fused(sites: list[_Site]) -> str:
-    groups: dict[tuple[str, str | None], list[_Site]] = {}
-    for graph, site in sites:
-        groups.setdefault((site.location or site.node, site.line), []).append((graph, site))
+    groups = grouped(sites, lambda found: line_of(found[1]))
     return "".join(_group(*where, found) for where, found in groups.items())
 
 
 def _group(location: str, line: str | None, found: list[_Site]) -> str:
-    kinds: dict[tuple[str, ...], list[SiteReport]] = {}
-    for _, s in found:
-        kinds.setdefault((_size(s), s.dtype, _extras(s), _placement(s)), []).append(s)
+    kinds = grouped(
+        (s for _, s in found), lambda s: (_size(s), s.dtype, ", ".join(extras(s)), placed(s))
+    )
     facts = _table(
         ("gates", "layers", "rows x width", "dtype", "with", "placement"),
         [
@@ -132,17 +130,6 @@ def _group(location: str, line: str | None, found: list[_Site]) -> str:
 def _size(site: SiteReport) -> str:
     size = f"{site.rows} x {site.H}"
     return size if site.H == site.D else f"{size}, value {site.D} wide"
-
-
-def _extras(site: SiteReport) -> str:
-    extras = (("bias", site.has_bias), ("addend", site.has_addend), ("logit", site.keeps_logit))
-    return ", ".join(name for name, present in extras if present)
-
-
-def _placement(site: SiteReport) -> str:
-    if not site.placement:
-        return "not lowered"
-    return f"{site.placement}: {site.placement_reason}"
 
 
 def _kernels(graph: GraphReport, site: SiteReport) -> str:
@@ -176,11 +163,11 @@ def _kernel(kernel: excerpts.Excerpt) -> str:
 
 
 def _left_alone(graphs: Sequence[GraphReport], kind: str) -> str:
-    groups: dict[tuple[str, str | None, str], list[RejectionReport]] = {}
-    for r in (r for g in graphs for r in g.rejections if r.kind == kind):
-        groups.setdefault((r.location or r.node, r.line, r.reason), []).append(r)
+    found = [r for g in graphs for r in g.rejections if r.kind == kind]
     text = ""
-    for (location, line, reason), alike in groups.items():
+    for (location, line, reason), alike in grouped(
+        found, lambda r: (*line_of(r), r.reason)
+    ).items():
         layers = layers_as_text([r.layer for r in alike if r.layer])
         where = ", ".join(filter(None, (f"{len(alike)} x" if len(alike) > 1 else "", layers)))
         rows = [("where", where), ("why", reason), ("what to do", advice(reason) or "")]

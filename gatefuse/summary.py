@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from gatefuse.advice import advice
 from gatefuse.origin import layers_as_text
 from gatefuse.records import Activity, GraphReport, ModelGates, RejectionReport, SiteReport
 
-__all__ = ["gates_and_fused", "nothing_compiled", "summary", "verdict"]
+__all__ = [
+    "extras",
+    "gates_and_fused",
+    "grouped",
+    "line_of",
+    "nothing_compiled",
+    "placed",
+    "summary",
+    "verdict",
+]
 
+_Found = TypeVar("_Found")
+_Key = TypeVar("_Key")
 _CUT = ("the logit is an input of the graph", "in this graph, which returns it")
 
 
@@ -114,33 +126,50 @@ def summary(
     return "\n".join(lines)
 
 
+def grouped(found: Iterable[_Found], key: Callable[[_Found], _Key]) -> dict[_Key, list[_Found]]:
+    """What is alike, in the order of the first of each."""
+    groups: dict[_Key, list[_Found]] = {}
+    for one in found:
+        groups.setdefault(key(one), []).append(one)
+    return groups
+
+
+def line_of(found: SiteReport | RejectionReport) -> tuple[str, str | None]:
+    """Where something is in the source, or in the graph, and the text of the line."""
+    return found.location or found.node, found.line
+
+
+def extras(site: SiteReport) -> list[str]:
+    """What a fused gate has beside linear, sigmoid and multiply."""
+    named = (("bias", site.has_bias), ("addend", site.has_addend), ("logit", site.keeps_logit))
+    return [name for name, present in named if present]
+
+
+def placed(site: SiteReport) -> str:
+    """What a fused gate became, and why."""
+    return f"{site.placement}: {site.placement_reason}" if site.placement else "not lowered"
+
+
 def _fused(sites: list[SiteReport]) -> Iterator[str]:
-    groups: dict[tuple[str | None, str | None], list[SiteReport]] = {}
-    for site in sites:
-        groups.setdefault((site.location or site.node, site.line), []).append(site)
-    for (location, line), found in groups.items():
+    for (location, line), found in grouped(sites, line_of).items():
         yield f"  {location}"
         if line:
             yield f"    {line}"
-        kinds: dict[tuple[str, ...], list[SiteReport]] = {}
-        for s in found:
-            size = f"{s.rows} x {s.H} -> {s.D}" if s.H != s.D else f"{s.rows} x {s.H}"
-            extras = (("bias", s.has_bias), ("addend", s.has_addend), ("logit", s.keeps_logit))
-            what = " ".join(f"+{name}" for name, present in extras if present)
-            placed = f"{s.placement}: {s.placement_reason}" if s.placement else "not lowered"
-            form = ", ".join(filter(None, (size, s.dtype, what)))
-            kinds.setdefault((form, placed), []).append(s)
-        for (form, placed), alike in kinds.items():
+        for (form, became), alike in grouped(found, lambda s: (_form(s), placed(s))).items():
             layers = layers_as_text([s.layer for s in alike if s.layer])
             yield f"    {_number(len(alike), 'gate')}, {form}{f', in {layers}' if layers else ''}"
-            yield f"      {placed}"
+            yield f"      {became}"
+
+
+def _form(site: SiteReport) -> str:
+    size = f"{site.rows} x {site.H}" + (f" -> {site.D}" if site.H != site.D else "")
+    return ", ".join(filter(None, (size, site.dtype, " ".join(f"+{e}" for e in extras(site)))))
 
 
 def _left_alone(rejections: list[RejectionReport], activity: Activity) -> Iterator[str]:
-    groups: dict[tuple[str | None, str | None, str], list[RejectionReport]] = {}
-    for r in rejections:
-        groups.setdefault((r.location or r.node, r.line, r.reason), []).append(r)
-    for (location, line, reason), alike in groups.items():
+    for (location, line, reason), alike in grouped(
+        rejections, lambda r: (*line_of(r), r.reason)
+    ).items():
         layers = layers_as_text([r.layer for r in alike if r.layer])
         times = f"{len(alike)} x " if len(alike) > 1 else ""
         yield f"    {times}{location}{f', in {layers}' if layers else ''}"

@@ -110,7 +110,7 @@ import gatefuse
 from tests.support.forms import linear_bias, make_inputs
 
 with gatefuse.record() as report, torch.no_grad():
-    torch.compile(linear_bias, backend="gatefuse")(*make_inputs(linear_bias))
+    torch.compile(linear_bias, options=gatefuse.options())(*make_inputs(linear_bias))
 print(report)
 """
 

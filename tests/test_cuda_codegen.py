@@ -51,13 +51,11 @@ def generate(
     return generated.code, report
 
 
-@pytest.mark.parametrize("tuning", [False, True], ids=["default", "coordinate-descent"])
-@pytest.mark.parametrize("form", INFERENCE, ids=lambda form: form.id)
-def test_forms(form: Form, tuning: bool) -> None:
-    """CUDA's decompositions write each form differently from the CPU's."""
+def check_form(form: Form, tuning: bool = False, device: Device = H200) -> None:
+    """Compile a form for a GPU: the report says what the table does, and the code is the GPU's."""
     with (
         inductor_config.patch(coordinate_descent_tuning=tuning),
-        cuda_codegen() as generated,
+        cuda_codegen(device) as generated,
         gatefuse.fusing(placement=form.gpu_placement) as report,
         torch.no_grad(),
     ):
@@ -76,6 +74,13 @@ def test_forms(form: Form, tuning: bool) -> None:
     lines = [s for s in generated.code.source.splitlines() if not s.lstrip().startswith("#")]
     assert not any("ops.gatefuse." in line for line in lines)  # no call by the dispatcher
     assert not any("cpp_fused" in line for line in lines)  # it is the GPU's graph
+
+
+@pytest.mark.parametrize("tuning", [False, True], ids=["default", "coordinate-descent"])
+@pytest.mark.parametrize("form", INFERENCE, ids=lambda form: form.id)
+def test_forms(form: Form, tuning: bool) -> None:
+    """CUDA's decompositions write each form differently from the CPU's."""
+    check_form(form, tuning)
 
 
 # --- between neighbours that Inductor generates code for ----------------------------------------

@@ -18,7 +18,6 @@ triton = pytest.importorskip("triton")
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 
-import gatefuse
 from gatefuse import kernels
 from gatefuse.kernels import LaunchConfig, launch_config
 from tests.support.cuda_codegen import (
@@ -26,18 +25,16 @@ from tests.support.cuda_codegen import (
     MI355X,
     Device,
     Driver,
-    cuda_codegen,
     local_memory,
-    on_cuda,
     spilled,
 )
 from tests.support.form_table import Form
-from tests.support.reports import check_report
 from tests.test_cuda_codegen import (
     INFERENCE,
     between_products,
     block_end,
     block_end_shapes,
+    check_form,
     generate,
     glue,
     glue_shapes,
@@ -231,15 +228,7 @@ def one_of_each_kind() -> list[Form]:
 
 @pytest.mark.parametrize("form", one_of_each_kind(), ids=lambda form: form.id)
 def test_forms_on_rocm(form: Form) -> None:
-    with (
-        cuda_codegen(MI300X) as generated,
-        gatefuse.fusing(placement=form.gpu_placement) as report,
-        torch.no_grad(),
-    ):
-        dynamic = {"all": True, "rows": None, "": False}[form.dynamic]
-        torch.compile(form.fn, dynamic=dynamic)(*map(on_cuda, form.inputs()))
-    check_report(form, report)
-    assert "gatefuse.linear_sigmoid_mul" not in generated.code.source  # no call by the dispatcher
+    check_form(form, device=MI300X)
 
 
 @_rocm

@@ -153,7 +153,7 @@ def test_torch_logs_takes_the_name() -> None:
     import torch, gatefuse
     from tests.support.forms import linear, make_inputs
     with torch.no_grad():
-        torch.compile(linear, backend="gatefuse")(*make_inputs(linear))
+        torch.compile(linear, options=gatefuse.options())(*make_inputs(linear))
     """
     done = run_python(code, TORCH_LOGS="+gatefuse")
     assert "graph_0_inference: 1 fused" in done.stderr
@@ -165,7 +165,7 @@ def test_the_structured_trace_has_the_report(tmp_path: Any) -> None:
     import torch, gatefuse
     from tests.support.forms import linear, make_inputs
     with torch.no_grad():
-        torch.compile(linear, backend="gatefuse")(*make_inputs(linear))
+        torch.compile(linear, options=gatefuse.options())(*make_inputs(linear))
     """
     run_python(code, TORCH_TRACE=str(tmp_path), TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
     (log,) = tmp_path.glob("*.log")
