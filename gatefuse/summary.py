@@ -222,6 +222,6 @@ def _first_lines(breaks: dict[str, int]) -> str:
     texts = []
     for reason in list(breaks)[:3]:
         lines = [line.strip() for line in reason.splitlines() if line.strip()]
-        texts.append(" ".join(lines[:2]))
+        texts.append(": ".join(line.removeprefix("Explanation: ") for line in lines[:2]))
     more = f"; and {len(breaks) - 3} more" if len(breaks) > 3 else ""
     return "; ".join(texts) + more
