@@ -63,12 +63,10 @@ def module(
     return made.to(torch.bfloat16).eval(), (hidden, cos, sin)
 
 
-# Configurations of whole models, as vLLM reads them.
-
 _ENGINE: dict[str, Any] = (
     dict(torch_dtype="bfloat16", vocab_size=151936, hidden_size=2048, num_attention_heads=16)
     | dict(decoder_sparse_step=1, mlp_only_layers=[], hidden_act="silu", rms_norm_eps=1e-6)
-    | dict(max_position_embeddings=8192, tie_word_embeddings=False)
+    | dict(max_position_embeddings=16384, tie_word_embeddings=False)
     | dict(bos_token_id=1, eos_token_id=2)
 )
 ENGINE_MODELS: dict[str, dict[str, Any]] = {
@@ -87,6 +85,14 @@ ENGINE_MODELS: dict[str, dict[str, Any]] = {
     | dict(linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_value_head_dim=128)
     | dict(linear_num_key_heads=16, linear_num_value_heads=32, rope_theta=1e7),
 }
+# Qwen/Qwen3-Next-80B-A3B-Instruct-FP8: 24 of its 48 layers have 41 GB
+_BF16 = ("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba", "linear_attn.conv1d")
+_KEPT = [f"model.layers.{i}.{part}" for i in range(48) for part in _BF16]
+ENGINE_MODELS["qwen3_next_fp8"] = ENGINE_MODELS["qwen3_next"] | dict(
+    num_hidden_layers=24,
+    quantization_config=dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic")
+    | dict(weight_block_size=[128, 128], modules_to_not_convert=["lm_head", *_KEPT]),
+)
 _ENGINE_TINY: dict[str, Any] = (
     dict(num_hidden_layers=4, vocab_size=512, hidden_size=128, head_dim=32)
     | dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=256)

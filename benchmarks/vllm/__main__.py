@@ -1,26 +1,22 @@
 """What does the fused gate gain in vLLM? Tokens per second, and the device's work in a step.
 
-    python -m benchmarks.vllm --out DIR [--model qwen2_moe|qwen3_next] [--providers vllm,...]
+    python -m benchmarks.vllm --out DIR [--model qwen3_next] [--providers vllm,...]
 
-Offline engines with dummy weights of the model's shapes in bfloat16: no network, no checkpoint, no
-tokenizer. Each provider is an engine in a process of its own. ``--together`` engines are up at the
-same time and take turns, so drift hits them alike. An engine's speed also differs from start to
-start: with ``--starts`` all are started so many times, and profiled the first time. With ``--gpus
-2`` two engines that are up together have a GPU each and work at the same time; they change places
-at each start. Providers:
+Offline engines with dummy weights of the model's shapes: no network, no checkpoint, no tokenizer.
+Each provider is an engine in a process of its own. ``--together`` engines are up at the same time
+and take turns, so drift hits them alike. An engine's speed also differs from start to start: with
+``--starts`` all are started so many times, and profiled the first time. With ``--gpus 2`` two
+engines that are up together have a GPU each, work at once, and change places at each start.
 
 - ``vllm``: vLLM as it is (GATEFUSE_DISABLE=1).
 - ``plugin``: gatefuse's plugin.
-- ``plugin-no-overlap``, ``vllm-no-overlap``: the same two without vLLM's second stream for the
-  shared expert.
+- ``plugin-no-overlap``, ``vllm-no-overlap``: without vLLM's second stream for the shared expert.
 - ``hand-kernel``: the gate as one kernel inside vLLM's opaque MoE op, as vLLM's PR #43190.
 
-An engine that is not what its provider claims, by what gatefuse logged in it, is refused:
-``plugin`` where no gate was fused, the others where one was.
-
-The result file has a row for each provider, workload and start: seconds of each round, tokens per
+A ``plugin`` in which no gate was fused is refused, and so is another engine in which one was. The
+result file has a row for each provider, workload and start: seconds of each round, tokens per
 second, and what a profiled step holds, by kernel. DIR also gets the engines' logs. gatefuse need
-not be installed: where its entry points are not found, the engines get them from pyproject.toml.
+not be installed: where its entry point is not found, the engines get it from pyproject.toml.
 """
 
 from __future__ import annotations
@@ -52,15 +48,15 @@ PROVIDERS: dict[str, dict[str, str]] = {
 }
 DEFAULT = ("vllm", "plugin", "plugin-no-overlap", "hand-kernel")
 
-KV_GIB = {"qwen2_moe": 20, "qwen3_next": 10}
+KV_GIB = {"qwen2_moe": 20, "qwen3_next": 10, "qwen3_next_fp8": 12}
 
 WORKLOADS = (
-    Workload("decode-16", 16, 32, 128),
-    Workload("decode-32", 32, 32, 128),
-    Workload("decode-64", 64, 32, 128),
+    *(Workload(f"decode-{n}", n, 32, 128) for n in (16, 32, 64)),
     Workload("balanced", 32, 1024, 256),
     Workload("prefill", 16, 4096, 16),
 )
+_LONG = {"balanced": (1024, 1024), "decode-heavy": (1024, 2048), "prefill-heavy": (8192, 128)}
+LONG = tuple(Workload(f"{name}-{n}", n, *_LONG[name]) for name in _LONG for n in (16, 32, 64))
 TINY_WORKLOADS = (Workload("decode-2", 2, 4, 24), Workload("prefill", 2, 48, 2))
 
 
@@ -74,13 +70,13 @@ def engine_arguments(model: str, folder: Path, tiny: bool) -> dict[str, Any]:
         kv_cache_memory_bytes=(KV_GIB[model] << 30) if not tiny else 1 << 28,
         max_num_seqs=max(w.sequences for w in WORKLOADS),
         max_num_batched_tokens=8192,
-        max_model_len=4352,
+        max_model_len=8448,
         compilation_config={"mode": 3, "cudagraph_capture_sizes": [1, 16, 32, 64]},
     )
     if tiny:
         arguments |= dict(max_num_seqs=4, max_num_batched_tokens=256, max_model_len=128)
         arguments["compilation_config"] = {"mode": 3}
-    elif model == "qwen3_next":
+    elif model != "qwen2_moe":
         arguments["additional_config"] = {"gdn_prefill_backend": "triton"}
     return arguments
 
@@ -100,8 +96,8 @@ def environment_of(provider: str, site: Path) -> dict[str, str]:
     }
 
 
-def write_entry_points(site: Path) -> None:
-    """Where no installed distribution has them."""
+def write_entry_point(site: Path) -> None:
+    """Of the plugin, where no installed distribution has it."""
     group = "vllm.general_plugins"
     if any(p.name == "gatefuse" for p in importlib.metadata.entry_points(group=group)):
         return
@@ -109,11 +105,8 @@ def write_entry_points(site: Path) -> None:
     info = site / "gatefuse-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gatefuse\nVersion: 0\n")
-    sections = [
-        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in points.items())
-        for group, points in project["entry-points"].items()
-    ]
-    (info / "entry_points.txt").write_text("\n".join(sections))
+    plugin = project["entry-points"][group]["gatefuse"]
+    (info / "entry_points.txt").write_text(f"[{group}]\ngatefuse = {plugin}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,8 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=tuple(model_zoo.ENGINE_MODELS), default="qwen2_moe")
     parser.add_argument("--layers", type=int, help="another number of layers")
     parser.add_argument("--providers", type=chosen(PROVIDERS), default=DEFAULT)
-    names = dict.fromkeys(w.name for w in (*WORKLOADS, *TINY_WORKLOADS))
-    parser.add_argument("--workloads", type=chosen(names), default=tuple(names))
+    names = [w.name for w in (*WORKLOADS, *TINY_WORKLOADS, *LONG)]
+    default = tuple(names[: -len(LONG)])
+    parser.add_argument("--workloads", type=chosen(names), default=default)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--starts", type=int, default=1, help="starts of each engine")
     parser.add_argument("--gpus", type=int, default=1, help="that engines are spread over")
@@ -131,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--time-budget", type=float, default=560, help="seconds in all")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short workloads")
     arguments = parser.parse_args(argv)
-    all_ = TINY_WORKLOADS if arguments.tiny else WORKLOADS
+    all_ = TINY_WORKLOADS if arguments.tiny else (*WORKLOADS, *LONG)
     workloads = [w for w in all_ if w.name in arguments.workloads]
     if not workloads:
         parser.error(f"workloads are {', '.join(w.name for w in all_)}")
@@ -141,24 +135,22 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     config = model_zoo.engine_config(arguments.model, arguments.layers, arguments.tiny)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    header = store.header(device, sys.argv[1:] if argv is None else argv)
-    content: dict[str, Any] = {"kind": "vllm", "header": header}
-    content["model"] = arguments.model + (", tiny" if arguments.tiny else "")
-    content |= {"layers": config["num_hidden_layers"], "config": config}
-    content |= {"engines": {}, "errors": [], "rows": []}
+    given = sys.argv[1:] if argv is None else argv
+    content: dict[str, Any] = {"kind": "vllm", "header": store.header(device, given)}
+    content |= {"model": arguments.model + ", tiny" * arguments.tiny, "config": config}
+    content |= {"layers": config["num_hidden_layers"], "engines": {}, "errors": [], "rows": []}
     out = store.new_path(arguments.out, f"vllm-{arguments.model}")
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         (place / "model").mkdir()
         (place / "model" / "config.json").write_text(json.dumps(config))
         (place / "site").mkdir()
-        write_entry_points(place / "site")
+        write_entry_point(place / "site")
 
-        def start(provider: str, number: int, place_in_group: int) -> Remote:
+        def start(provider: str, number: int, index: int) -> Remote:
             environment = environment_of(provider, place / "site")
             if arguments.gpus > 1:
-                gpu = (place_in_group + number) % arguments.gpus
-                environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+                environment["CUDA_VISIBLE_DEVICES"] = str((index + number) % arguments.gpus)
             log = arguments.out / f"{out.stem}-{provider}{f'-{number}' if number else ''}.log"
             options = engine_arguments(arguments.model, place / "model", arguments.tiny)
             return Remote(provider, options, environment, log, deadline)

@@ -10,7 +10,7 @@ import random
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,10 @@ class Engine:
         )
         return prompts, params
 
+    def warm_up(self, workload: Workload) -> float:
+        """As :meth:`time`, with few new tokens."""
+        return self.time(replace(workload, tokens_out=min(workload.tokens_out, PROFILED_STEPS)))
+
     def time(self, workload: Workload) -> float:
         """Seconds from the first request until all are done."""
         prompts, params = self._requests(workload, workload.tokens_out)
@@ -104,7 +108,7 @@ class Engine:
 
     def profile(self, workload: Workload) -> dict[str, Any]:
         """What the device does in a step: of a decode workload steps in which each sequence gets a
-        token, of another one the steps that take in the prompts.
+        token, of another one the steps that take in the prompts, 16 of them at most.
 
         kernel_us: sum over kernels; busy_us: time in which any kernel runs (kernels of two streams
         overlap); span_us: from the first kernel to the last; all per step.
@@ -120,7 +124,7 @@ class Engine:
         new = warm + PROFILED_STEPS + 4 if workload.is_decode else 1
         prompts, params = self._requests(workload, new)
         engine = self.llm.llm_engine
-        for i, prompt in enumerate(prompts):
+        for i, prompt in enumerate(prompts if workload.is_decode else prompts[:PROFILED_STEPS]):
             engine.add_request(f"profile-{i}", prompt, params)
         executor, steps = engine.model_executor, 0
         plain = executor.execute_model

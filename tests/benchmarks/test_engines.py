@@ -73,7 +73,7 @@ def test_a_spawned_engine_finds_the_plugin_or_is_refused(
     (tmp_path / "fake" / "vllm.py").write_text(VLLM)
     (tmp_path / "site").mkdir()
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: [])  # it is not installed
-    vllm_benchmark.write_entry_points(tmp_path / "site")
+    vllm_benchmark.write_entry_point(tmp_path / "site")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "fake"), *sys.path])
     content: dict[str, Any] = {"engines": {}, "errors": [], "rows": []}
     site = tmp_path / ("site" if found else "nowhere")
