@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from gatefuse import settings
 from gatefuse.environment import environment
+from gatefuse.integrations.vllm import TESTED_VLLM
 
 __all__ = ["Check", "Diagnosis", "diagnose"]
 
@@ -32,7 +33,6 @@ Status = Literal["ok", "warning", "problem"]
 TESTED_TRITON = {"2.11": "3.6", "2.13": "3.7", "2.15": "3.9"}
 """Minor versions of PyTorch on which the test suite is run, each with its Triton."""
 TESTED_PYTHON = ("3.11", "3.12", "3.13")
-TESTED_VLLM = ("0.26.0", "0.32.0")
 TESTED_GPUS = {"2.11": ("H100", "H200")}
 """GPUs on which the tests have run, with which PyTorch."""
 
@@ -311,7 +311,7 @@ def _vllm(found: dict[str, Any]) -> Iterator[Check]:
         yield _plugin_in_vllm()
 
 
-# Importing vLLM takes long, and patching it is not for this process.
+# Importing vLLM takes long, and changing it is not for this process.
 _LOAD_PLUGIN = """
 import importlib, importlib.metadata, json, logging
 lines = []
@@ -320,10 +320,11 @@ handler.emit = lambda record: lines.append(record.getMessage())
 logging.getLogger("vllm.gatefuse").addHandler(handler)
 for entry in importlib.metadata.entry_points(group="vllm.general_plugins", name="gatefuse"):
     entry.load()()
-from gatefuse.integrations.vllm.moe_runner import RUNNER_MODULE
-runner = importlib.import_module(RUNNER_MODULE).MoERunner
+from gatefuse.integrations.vllm import moe_runner
+runner = importlib.import_module(moe_runner.RUNNER_MODULE).MoERunner
+problem = None if lines else moe_runner.problem_of(runner)
 print()
-print(json.dumps([getattr(runner.__init__, "gatefuse", False), lines]))
+print(json.dumps(lines + [problem] * bool(problem)))
 """
 
 
@@ -345,10 +346,9 @@ def _plugin_in_vllm() -> Check:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return Check(subject, "problem", f"vLLM's MoE layer cannot be imported: {last}", advice)
-    loaded, lines = json.loads(done.stdout.splitlines()[-1])
-    if loaded:
-        return Check(subject, "ok", "loads, and knows this vLLM's MoE layer")
-    return Check(subject, "problem", " ".join(lines) or "does not know this vLLM", advice)
+    if lines := json.loads(done.stdout.splitlines()[-1]):
+        return Check(subject, "problem", " ".join(lines), advice)
+    return Check(subject, "ok", "loads, and knows this vLLM's MoE layer")
 
 
 def _variables(found: dict[str, Any]) -> Iterator[Check]:

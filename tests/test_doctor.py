@@ -283,13 +283,15 @@ def test_another_gatefuse_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # A stand-in for vLLM, with a runner that the integration knows.
 RUNNER = """
-class MoERunner:
-    def __init__(self, shared_experts):
-        self._forward_entry = lambda *arguments: arguments
+import torch
 
-    def forward(self, hidden_states, router_logits, shared_experts_input):
-        result = self._forward_entry(hidden_states, router_logits, shared_experts_input,)
-        return _unpack(result)
+inputs = "Tensor hidden_states, Tensor router_logits, Tensor? shared_experts_input"
+torch.library.define("vllm::moe_forward_shared", f"({inputs}, str layer) -> (Tensor, Tensor)")
+
+class MoERunner:
+    def __init__(self, layer_name, shared_experts): ...
+    def _select_forward(self): ...
+    def register_oot(self): ...
 """
 ENTRY = "[vllm.general_plugins]\ngatefuse = gatefuse.integrations.vllm:register\n"
 
@@ -304,6 +306,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Check
         for parent in [*module.parents][: len(module.parents) - len(tmp_path.parents) - 1]:
             (parent / "__init__.py").touch()
         module.write_text(runner)
+        (tmp_path / "vllm/model_executor/custom_op.py").write_text("op_registry_oot = {}")
         info = tmp_path / "gatefuse-0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gatefuse\nVersion: 0\n")
@@ -325,9 +328,11 @@ def test_the_plugin_loads_in_vllm(vllm: Callable[..., Check]) -> None:
 
 
 def test_a_vllm_that_looks_different(vllm: Callable[..., Check]) -> None:
-    check = vllm(RUNNER.replace("_forward_entry", "_other_entry"))
-    assert check.status == "problem"
-    assert "does not call the MoE op through _forward_entry" in check.text
+    check = vllm(RUNNER.replace("Tensor router_logits, ", ""))
+    assert (check.status, check.text) == (
+        "problem",
+        "its MoE op takes or returns something else than is known",
+    )
 
 
 def test_a_vllm_that_cannot_be_imported(vllm: Callable[..., Check]) -> None:

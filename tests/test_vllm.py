@@ -2,183 +2,295 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 import types
+from abc import ABC
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gatefuse import FusionError, Options
-from gatefuse.integrations.vllm import fusion_count, moe_runner, passes
+from gatefuse.integrations.vllm import (
+    compiled_models,
+    fusion_count,
+    moe_runner,
+    passes,
+    shared_expert,
+)
 from tests.support.programs import run_python
 
 
-class Expert:
+class Linear(torch.nn.Module):
+    """Returns a bias beside its output, as vLLM's do."""
+
+    def __init__(self, rows: int = 1) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(rows, 8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return F.linear(x, self.weight), None
+
+
+class Expert(torch.nn.Module):
     """As Qwen2MoeMLP ends."""
 
-    def __init__(self, gate: Any) -> None:
-        self.expert_gate = gate
+    def __init__(self, gate: Any = None) -> None:
+        super().__init__()
+        self.down_proj = Linear(8)
+        self.expert_gate = Linear() if gate is None else gate
 
     def forward(self, x: Any) -> Any:
-        out = self.down_proj(x)
+        out, _ = self.down_proj(x)
 
         if self.expert_gate is not None:
             out = F.sigmoid(self.expert_gate(x)[0]) * out
 
         return out
 
-    def down_proj(self, x: Any) -> Any:
-        return 2 * x
 
-
-class ScaledExpert(Expert):
+class TorchSigmoid(Expert):
     def forward(self, x: Any) -> Any:
-        out = self.down_proj(x)
-
+        out, _ = self.down_proj(x)
         if self.expert_gate is not None:
-            out = F.sigmoid(self.expert_gate(x)[0]) * out
+            # a remark, a line break, the other order
+            scale = torch.sigmoid(self.expert_gate(x)[0])
+            out = (
+                out
+                * scale
+            )  # fmt: skip
+        return out
 
-        return 3 * out
+
+class EarlyReturn(Expert):
+    def forward(self, x: Any) -> Any:
+        out, _ = self.down_proj(x)
+        if self.expert_gate is None:
+            return out
+        logit, _ = self.expert_gate(x)
+        out *= logit.sigmoid()
+        return out
 
 
-def _unpack(result: Any) -> Any:
-    return result
+class PlainLinear(Expert):
+    """A gate that returns no tuple, and a module for the sigmoid."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Linear(8, 1, bias=False))
+        self.act = torch.nn.Sigmoid()
+
+    def forward(self, hidden_states: Any) -> Any:
+        gate = self.expert_gate
+        out = self.down_proj(hidden_states)[0]
+        return out if gate is None else torch.mul(self.act(gate(hidden_states)), out)
 
 
-class Runner:
+class ScaledAfterwards(Expert):
+    def forward(self, x: Any) -> Any:
+        return 3 * super().forward(x)
+
+
+class GatedBefore(Expert):
+    def forward(self, x: Any) -> Any:
+        if self.expert_gate is not None:
+            x = F.sigmoid(self.expert_gate(x)[0]) * x
+        return self.down_proj(x)[0]
+
+
+class GateOfSomethingElse(Expert):
+    def forward(self, x: Any) -> Any:
+        out, _ = self.down_proj(x)
+        if self.expert_gate is not None:
+            out = F.sigmoid(self.expert_gate(2 * x)[0]) * out
+        return out
+
+
+class OtherwiseUngated(Expert):
+    def forward(self, x: Any) -> Any:
+        out, _ = self.down_proj(x)
+        if self.expert_gate is not None:
+            return F.sigmoid(self.expert_gate(x)[0]) * out
+        return out + x
+
+
+class NotOptional(Expert):
+    def forward(self, x: Any) -> Any:
+        return F.sigmoid(self.expert_gate(x)[0]) * self.down_proj(x)[0]
+
+
+class Tanh(Expert):
+    def forward(self, x: Any) -> Any:
+        out, _ = self.down_proj(x)
+        return out if self.expert_gate is None else torch.tanh(self.expert_gate(x)[0]) * out
+
+
+class DependsOnValues(Expert):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("kind", [Expert, TorchSigmoid, EarlyReturn, PlainLinear])
+def test_a_gate_that_is_the_last_step(kind: Any) -> None:
+    expert = kind()
+    gate = expert.expert_gate
+    assert list(shared_expert.gate_names(expert)) == ["expert_gate"]
+    assert shared_expert.problem_of(expert, "expert_gate") is None
+    assert expert.expert_gate is gate, "it is only looked at"
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        (ScaledAfterwards, "does not end with the gate"),
+        (GatedBefore, "does not end with the gate"),
+        (GateOfSomethingElse, "does not end with the gate"),
+        (OtherwiseUngated, "does not end with the gate"),
+        (Tanh, "does not end with the gate"),
+        (NotOptional, "cannot be traced"),
+        (DependsOnValues, "cannot be traced"),
+    ],
+)
+def test_a_gate_that_cannot_be_hoisted(kind: Any, reason: str) -> None:
+    expert = kind()
+    assert reason in str(shared_expert.problem_of(expert, "expert_gate"))
+    assert expert.expert_gate is not None
+
+
+class Pluggable(torch.nn.Module):
+    """As vLLM's PluggableLayer."""
+
+    registry: ClassVar[dict[str, Any]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__new__(cls.registry.get(cls.__name__, cls))
+
+    @classmethod
+    def register_oot(cls, other: Any) -> None:
+        assert cls.__name__ not in cls.registry
+        cls.registry[cls.__name__] = other
+
+
+class Runner(Pluggable, ABC):
     """As vLLM's MoERunner calls its op."""
 
-    def __init__(
-        self, layer_name: str, shared_experts: Any, sequence_parallel: bool = False
-    ) -> None:
-        self.layer_name = layer_name
+    def __init__(self, shared_experts: Any = None) -> None:
+        super().__init__()
         self.shared = shared_experts
-        self.moe_config = SimpleNamespace(is_sequence_parallel=sequence_parallel)
-        self._forward_entry = self._op
+        self._forward_entry = self._select_forward()
+
+    def _select_forward(self) -> Any:
+        return self._op
 
     def _op(self, hidden_states: Any, router_logits: Any, shared_experts_input: Any) -> Any:
-        return self.shared.forward(shared_experts_input), hidden_states
+        return self.shared(shared_experts_input), hidden_states
 
     def forward(self, hidden_states: Any, router_logits: Any, shared_experts_input: Any) -> Any:
-        result = self._forward_entry(
-            hidden_states,
-            router_logits,
-            shared_experts_input,
-        )
-        shared_output, fused_output = _unpack(result)
-        return shared_output + fused_output
-
-
-class OtherRunner(Runner):
-    def forward(self, hidden_states: Any, router_logits: Any, shared_experts_input: Any) -> Any:
-        return self._op(hidden_states, router_logits, shared_experts_input)[0]
-
-
-class Gate(torch.nn.Module):
-    def __init__(
-        self, rows: int = 1, bias: bool = False, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(rows, 8).to(dtype), requires_grad=False)
-        self.bias = torch.nn.Parameter(torch.zeros(rows)) if bias else None
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return F.linear(x, self.weight, self.bias), None
+        shared, fused = self._forward_entry(hidden_states, router_logits, shared_experts_input)
+        return shared + fused
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A stand-in for vLLM's current configuration."""
-    config = SimpleNamespace(lora_config=None, envs=SimpleNamespace(VLLM_BATCH_INVARIANT=False))
-    module = types.ModuleType("vllm.config")
-    module.get_current_vllm_config = lambda: config  # type: ignore[attr-defined]
-    package = types.ModuleType("vllm")
-    package.envs = config.envs  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", package)
-    monkeypatch.setitem(sys.modules, "vllm.config", module)
-    return config
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Runners of gatefuse's that were made."""
+    made: list[Any] = []
+    monkeypatch.setattr(compiled_models, "runner_made", lambda *args: made.append(args))
+    monkeypatch.setattr(Pluggable, "registry", {})
+    return made
 
 
-def test_hoisted_gate_gives_the_same_result() -> None:
-    gate, x, routed = Gate(), torch.randn(3, 8), torch.randn(3, 8)
-    expert = Expert(gate)
-    runner = Runner("layer", expert)
-    before = runner.forward(routed, None, x)
-    moe_runner._hoist(runner, expert)
+def test_hoisted_gate_gives_the_same_result(made: list[Any]) -> None:
+    """Of a runner that does what vLLM's does until then."""
+    x, routed, expert = torch.randn(3, 8), torch.randn(3, 8), Expert()
+    gate = expert.expert_gate
+    runner = moe_runner.gate_hoisting(Runner)(expert)
+    assert made == [(runner, expert, None)]
+    before = runner(routed, None, x)
+    parameters = set(dict(runner.named_parameters()))
+    runner.hoist(expert, "expert_gate")
     assert expert.expert_gate is None
-    assert torch.equal(runner.forward(routed, None, x), before)
+    assert torch.equal(runner(routed, None, x), before)
+    gate.weight.data.zero_()
+    assert torch.equal(runner(routed, None, x), 0.5 * expert(x) + routed), "of the gate as it is"
+    assert set(dict(runner.named_parameters())) == parameters - {"shared.expert_gate.weight"}
 
 
-def test_weight_of_a_hoisted_gate_is_kept_where_vllm_packs_it() -> None:
+def test_rows_may_be_a_part_of_the_batch(made: list[Any]) -> None:
+    """Sequence-parallel layers call the runner with the rows of one rank: each row has its gate."""
+    x, routed, expert = torch.randn(8, 8), torch.randn(8, 8), Expert()
+    runner = moe_runner.gate_hoisting(Runner)(expert)
+    before = runner(routed, None, x)
+    runner.hoist(expert, "expert_gate")
+    parts = [runner(r, None, rows) for r, rows in zip(routed.chunk(2), x.chunk(2))]
+    torch.testing.assert_close(torch.cat(parts), before)
+
+
+def test_weight_of_a_hoisted_gate_is_kept_where_vllm_packs_it(made: list[Any]) -> None:
     class Packs:
         def process_weights_after_loading(self, layer: Any) -> None:
             layer.packed = layer.weight
             layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
-    gate, x = Gate(), torch.randn(3, 8)
+    x, expert = torch.randn(3, 8), Expert()
+    gate = expert.expert_gate
     gate.quant_method = Packs()
-    expert = Expert(gate)
-    runner = Runner("layer", expert)
-    before = runner.forward(x, None, x)
-    moe_runner._hoist(runner, expert)
+    runner = moe_runner.gate_hoisting(Runner)(expert)
+    before = runner(x, None, x)
+    runner.hoist(expert, "expert_gate")
     gate.quant_method.process_weights_after_loading(gate)
     assert gate.packed is gate.weight
-    assert torch.equal(runner.forward(x, None, x), before)
+    assert torch.equal(runner(x, None, x), before)
 
 
-def test_known_runner() -> None:
-    assert moe_runner._runner_problem(Runner) is None
-    assert "_forward_entry" in str(moe_runner._runner_problem(OtherRunner))
-    assert "shared expert" in str(moe_runner._runner_problem(Expert))
-
-
-@pytest.mark.parametrize(
-    "reason, runner, expert, held",
-    [
-        (None, Runner("l", Expert(Gate())), Expert(Gate()), False),
-        ("router", Runner("l", None), None, True),
-        ("ways of its own", OtherRunner("l", None), Expert(Gate()), False),
-        ("does not end", Runner("l", None), ScaledExpert(Gate()), False),
-        ("one row", Runner("l", None), Expert(Gate(rows=8)), False),
-        ("bias", Runner("l", None), Expert(Gate(bias=True)), False),
-        ("quantised", Runner("l", None), Expert(Gate(dtype=torch.int8)), False),
-        ("sequence parallel", Runner("l", None, True), Expert(Gate()), False),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_layers_that_are_left(
-    engine: SimpleNamespace, reason: str | None, runner: Any, expert: Any, held: bool
+@pytest.mark.parametrize("problem", [None, "another plugin has replaced the MoE runner"])
+def test_registered_with_the_first_runner(
+    problem: str | None,
+    made: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    problem = moe_runner._layer_problem(runner, Runner, expert, held)
-    assert problem is None if reason is None else reason in str(problem)
+    """Not before, when vLLM would refuse another plugin's runner; that one stays, with a line."""
+    base = type("MoERunner", (Runner,), {})
+    monkeypatch.setattr(moe_runner, "problem_of", lambda runner: problem)
+    installed: list[Any] = []
+    for module in (compiled_models, fusion_count):
+        monkeypatch.setattr(module, "install", functools.partial(installed.append, module))
+    for _ in range(2):
+        moe_runner._prepare(types.SimpleNamespace(MoERunner=base))  # type: ignore[arg-type]
+    assert Pluggable.registry == {}
+    other = type("Other", (base,), {})
+    if problem is not None:
+        base.register_oot(other)  # type: ignore[attr-defined]
+    runners = [base(Expert()), base(Expert())]
+    assert "__new__" not in vars(base)
+    if problem is None:
+        assert {type(r) for r in runners} == {moe_runner.gate_hoisting(base)}
+        assert installed == [compiled_models, fusion_count]
+        assert not caplog.messages
+    else:
+        assert {type(r) for r in runners} == {other}
+        assert not installed
+        assert caplog.messages == [f"gatefuse: vLLM is left as it is: {problem}"]
 
 
-def test_engines_that_are_left(engine: SimpleNamespace) -> None:
-    engine.envs.VLLM_BATCH_INVARIANT = True
-    problem = moe_runner._layer_problem(Runner("l", None), Runner, Expert(Gate()), False)
-    assert "batch invariance" in str(problem)
-    engine.lora_config = object()
-    problem = moe_runner._layer_problem(Runner("l", None), Runner, Expert(Gate()), False)
-    assert "LoRA" in str(problem)
+def test_other_runners_are_wrapped_by_lora_as_before() -> None:
+    """vLLM asks whether a runner is an instance of the class registered for MoERunner."""
+    registered = moe_runner.gate_hoisting(Runner)
+    assert isinstance(type("Derived", (Runner,), {})(), registered)
+    assert not isinstance(torch.nn.Linear(1, 1), registered)
 
 
-@pytest.mark.parametrize(
-    "mode, backend, compiles",
-    [
-        ("VLLM_COMPILE", "inductor", True),
-        ("DYNAMO_TRACE_ONCE", "inductor", True),
-        ("VLLM_COMPILE", "eager", False),
-        ("STOCK_TORCH_COMPILE", "inductor", False),
-        ("NONE", "inductor", False),
-    ],
-)
-def test_engines_that_compile(mode: str, backend: str, compiles: bool) -> None:
-    config = SimpleNamespace(mode=SimpleNamespace(name=mode), backend=backend)
-    assert moe_runner._compiles(config) is compiles
+def test_vllm_without_a_pluggable_runner_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    class MoERunner:
+        def __init__(self, shared_experts: Any) -> None: ...
+
+    moe_runner._prepare(types.SimpleNamespace(MoERunner=MoERunner))  # type: ignore[arg-type]
+    assert caplog.messages == [
+        "gatefuse: vLLM is left as it is: before 0.21 its MoE runner has no replacement"
+    ]
+    MoERunner(None)
 
 
 def test_count_of_compiled_code() -> None:
@@ -223,12 +335,15 @@ def fused(n: int, placement: str = "inline") -> Counter[str]:
 
 @pytest.fixture
 def tell(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
-    """Tells of a worker, with a number of gates that were hoisted and left; returns the lines."""
+    """Tells of a worker with a number of gates in its code, and others that were left, by reason;
+    returns the lines."""
 
-    def tell(worker: Worker, hoisted: int, left: int = 0, expect: int = 0) -> list[str]:
-        graph_pass = SimpleNamespace(hoisted=["layer"] * hoisted, options=Options(expect=expect))
-        monkeypatch.setattr(passes, "pass_of", lambda config: graph_pass if hoisted else None)
-        monkeypatch.setattr(fusion_count, "left_alone", lambda config: left)
+    def tell(worker: Worker, seen: int, left: Any = None, expect: int = 0) -> list[str]:
+        graph_pass = SimpleNamespace(options=Options(expect=expect))
+        monkeypatch.setattr(passes, "pass_of", lambda config: graph_pass if seen else None)
+        reasons = [None] * seen + [r for r, n in (left or {}).items() for _ in range(n)]
+        config = worker.vllm_config.compilation_config
+        fusion_count._gates[id(config)] = {str(i): reason for i, reason in enumerate(reasons)}
         caplog.clear()
         with caplog.at_level("INFO", "vllm.gatefuse"):
             fusion_count._tell(worker)
@@ -236,6 +351,7 @@ def tell(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> A
 
     yield tell
     fusion_count._counted.clear()
+    fusion_count._gates.clear()
 
 
 def test_line_of_an_engine(tell: Any) -> None:
@@ -243,14 +359,31 @@ def test_line_of_an_engine(tell: Any) -> None:
     assert tell(Worker(fused(3)), 3) == [
         "gatefuse: 3 of 3 shared-expert gates fused (placement inline)"
     ]
-    assert tell(Worker(fused(3), fused(1, "kernel")), 4, left=2) == [
-        "gatefuse: 4 of 6 shared-expert gates fused (placement 3 inline, 1 kernel)"
+    assert tell(Worker(fused(3), fused(1, "kernel")), 4, left={"a": 2}) == [
+        "gatefuse: 2 shared-expert gates left to vLLM: a",
+        "gatefuse: 4 of 6 shared-expert gates fused (placement 3 inline, 1 kernel)",
     ]
-    assert tell(Worker(), 0, left=2) == [
-        "gatefuse: 0 of 2 shared-expert gates fused (placement none)"
-    ]
+    assert tell(Worker(), 2) == ["gatefuse: 0 of 2 shared-expert gates fused (placement none)"]
+    assert tell(Worker(), 0, left={"a": 2}) == ["gatefuse: 2 shared-expert gates left to vLLM: a"]
     assert tell(Worker(), 0) == []
+    assert tell(Worker(fused(2)), 0) == [
+        "gatefuse: 2 of 2 shared-expert gates fused (placement inline)"
+    ]
     assert tell(Worker(fused(3), rank=1), 3) == []
+
+
+def test_the_last_word_on_a_gate_counts() -> None:
+    config = CompilationConfig()
+    fusion_count.note_gate(config, "layer", "not compiled")
+    fusion_count.note_gate(config, "layer", None)
+    assert fusion_count._gates[id(config)] == {"layer": None}
+    key = id(config)
+    del config
+    assert key not in fusion_count._gates
+
+
+class CompilationConfig:
+    """Something that a weak reference can be made to."""
 
 
 def test_expect_of_an_engine(tell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,8 +391,9 @@ def test_expect_of_an_engine(tell: Any, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(FusionError, match="expected at least 4 fused gates in the engine, fused 3"):
         tell(Worker(fused(2), fused(1)), 4, expect=4)
     monkeypatch.setenv("GATEFUSE_EXPECT", "1")
-    with pytest.raises(FusionError, match="fused 0"):
-        tell(Worker(), 0, left=2)
+    for left in ({"a": 2}, None):
+        with pytest.raises(FusionError, match="fused 0"):
+            tell(Worker(), 0, left=left)
 
 
 def test_start_of_a_worker_is_told_once() -> None:

@@ -26,7 +26,7 @@ from gatefuse.integrations.vllm import passes
 from gatefuse.recording import COUNTERS
 from gatefuse.report import FusionError
 
-__all__ = ["fused_in", "install", "note_left_alone"]
+__all__ = ["fused_in", "install", "note_gate"]
 
 log = logging.getLogger("vllm.gatefuse")
 
@@ -34,20 +34,24 @@ _LEAVES = (str, bytes, int, float, type, type(None), ModuleType, torch.Tensor, t
 
 _depth = 0
 _made: list[Any] = []
-# By compiled model, of an engine that is known by the id of its compilation config.
+# Of an engine, which is known by the id of its compilation config: by compiled model what is fused,
+# and by layer why a gate is left to vLLM, or None.
 _counted: dict[int, dict[str, Counter[str]]] = {}
-_left: list[weakref.ref[Any]] = []
+_gates: dict[int, dict[str, str | None]] = {}
 _installed = False
 
 
-def note_left_alone(compilation_config: Any) -> None:
-    """Count a gate of an engine that stays inside the MoE op."""
-    _left.append(weakref.ref(compilation_config))
+def note_gate(compilation_config: Any, layer: str, left: str | None) -> None:
+    """A gate is in code that the pass will see, or why it is left to vLLM. The last word counts."""
+    _of_engine(_gates, compilation_config)[layer] = left
 
 
-def left_alone(compilation_config: Any) -> int:
-    """Number of gates of an engine that stay inside the MoE op."""
-    return sum(reference() is compilation_config for reference in _left)
+def _of_engine(table: dict[int, dict[str, Any]], compilation_config: Any) -> dict[str, Any]:
+    """An engine's entry, which goes with its config."""
+    key = id(compilation_config)
+    if key not in table:
+        weakref.finalize(compilation_config, table.pop, key, None)
+    return table.setdefault(key, {})
 
 
 def install() -> None:
@@ -126,35 +130,33 @@ def _count(made: list[Any]) -> None:
         counts = [fused_in(entry.runnable) for entry in piece.range_entries.values()]
         if counts:
             counted.update(min(counts, key=operator.itemgetter("fused")))
-    config = made[0].vllm_config.compilation_config
-    if id(config) not in _counted:
-        weakref.finalize(config, _counted.pop, id(config), None)
-    _counted.setdefault(id(config), {})[model] = counted
+    _of_engine(_counted, made[0].vllm_config.compilation_config)[model] = counted
 
 
 def _tell(worker: Any) -> None:
-    """Log the line for a worker that has compiled, or loaded, all it runs.
+    """Log what became of the gates of a worker that has compiled, or loaded, all it runs: a line
+    for each reason why some are left to vLLM, and how many are fused if any should be.
 
     Raises FusionError if ``expect`` is not reached.
     """
     config = worker.vllm_config
     graph_pass = passes.pass_of(config.compilation_config)
-    hoisted = len(graph_pass.hoisted) if graph_pass is not None else 0
-    gates = hoisted + left_alone(config.compilation_config)
-    if not gates:
-        return
+    gates = _gates.get(id(config.compilation_config), {})
     in_pieces = _counted.get(id(config.compilation_config), {})
     counted = sum(in_pieces.values() or _of_whole_models(worker), Counter[str]())
-    names = [name for name in ("inline", "kernel") if counted[name]]
-    placement = ", ".join(name if len(names) == 1 else f"{counted[name]} {name}" for name in names)
-    first = getattr(config.parallel_config, "rank", 0) == 0
-    log.log(
-        logging.INFO if first else logging.DEBUG,
-        "gatefuse: %d of %d shared-expert gates fused (placement %s)",
-        counted["fused"],
-        gates,
-        placement or "none",
-    )
+    level = logging.INFO if getattr(config.parallel_config, "rank", 0) == 0 else logging.DEBUG
+    for reason, number in Counter(filter(None, gates.values())).items():
+        log.log(level, "gatefuse: %d shared-expert gates left to vLLM: %s", number, reason)
+    if counted["fused"] or None in gates.values():
+        names = [name for name in ("inline", "kernel") if counted[name]]
+        where = ", ".join(name if len(names) == 1 else f"{counted[name]} {name}" for name in names)
+        log.log(
+            level,
+            "gatefuse: %d of %d shared-expert gates fused (placement %s)",
+            counted["fused"],
+            max(len(gates), counted["fused"]),
+            where or "none",
+        )
     options = settings.resolve({}) if graph_pass is None else graph_pass.options
     if counted["fused"] < options.expect:
         raise FusionError(
@@ -166,8 +168,8 @@ def _tell(worker: Any) -> None:
 def _of_whole_models(worker: Any) -> Iterator[Counter[str]]:
     """Of a worker's models, where vLLM compiles each as a whole."""
     runner = worker.model_runner
-    drafter = getattr(getattr(runner, "drafter", None), "model", None)
-    for model in (runner.model, drafter):
+    drafts = (getattr(runner, name, None) for name in ("drafter", "speculator"))
+    for model in (runner.model, *(getattr(draft, "model", None) for draft in drafts)):
         for module in model.modules() if isinstance(model, torch.nn.Module) else ():
             if getattr(module, "do_not_compile", True):  # vLLM's own mark
                 continue

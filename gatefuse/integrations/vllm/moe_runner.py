@@ -1,13 +1,13 @@
-"""Takes the shared expert's gate out of vLLM's opaque MoE op, into the traced part of the layer.
+"""vLLM's MoE runner with the shared expert's gate outside the opaque MoE op.
 
 The gate is the last step of the shared expert and scales rows, so it commutes with the sum over
-tensor-parallel ranks. vLLM's ``MoERunner.forward`` calls ``self._forward_entry``, an opaque op that
+tensor-parallel ranks. ``MoERunner.forward`` calls ``self._forward_entry``, an opaque op that
 returns ``(shared, fused)``, and adds the two: a gate applied to ``shared`` between the call and the
 sum is computed on the same operands and is visible to graph passes. What surrounds the op, and the
 stream that overlaps the shared expert with the routed ones, stays as it is.
 
-Everything is probed by feature. Where something looks different the layer is left to vLLM, with
-the reason in one log line for each reason.
+The runner is registered with vLLM's own means of replacing a layer. It differs from vLLM's only
+once ``hoist`` is called, which :mod:`gatefuse.integrations.vllm.compiled_models` does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import importlib.machinery
 import importlib.util
 import inspect
 import logging
-import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -27,25 +26,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gatefuse import settings
-from gatefuse.integrations.vllm import fusion_count, passes
+from gatefuse.integrations.vllm import compiled_models, fusion_count
 
-__all__ = ["install"]
+__all__ = ["RUNNER_MODULE", "install"]
 
 log = logging.getLogger("vllm.gatefuse")
 
 RUNNER_MODULE = "vllm.model_executor.layers.fused_moe.runner.moe_runner"
 
-_logged: set[str] = set()
-
 
 def install() -> None:
-    """Patch vLLM's MoE runner, now or as soon as vLLM imports it; idempotent."""
+    """Prepare vLLM's MoE runner, now or as soon as vLLM imports it; idempotent."""
     module = sys.modules.get(RUNNER_MODULE)
     if module is not None and hasattr(module, "MoERunner"):
-        _patch(module)
+        _prepare(module)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(RUNNER_MODULE, _patch))
+        sys.meta_path.insert(0, _AfterImport(RUNNER_MODULE, _prepare))
 
 
 class _AfterImport(MetaPathFinder):
@@ -74,136 +70,106 @@ class _AfterImport(MetaPathFinder):
         return spec
 
 
-def _patch(module: ModuleType) -> None:
+def _prepare(module: ModuleType) -> None:
+    """Register the runner when the first one is made: until then vLLM would refuse to register
+    another plugin's beside it."""
+    runner = module.MoERunner
+    if not hasattr(runner, "register_oot"):
+        log.warning(
+            "gatefuse: vLLM is left as it is: before 0.21 its MoE runner has no replacement"
+        )
+        return
+
+    def first(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        del runner.__new__
+        _register(runner)
+        return runner.__new__(cls, *args, **kwargs)
+
+    if "__new__" not in vars(runner):
+        runner.__new__ = first
+
+
+def _register(runner: Any) -> None:
     try:
-        runner = module.MoERunner
-        problem = _runner_problem(runner)
+        problem = problem_of(runner)
+        if problem is None:
+            runner.register_oot(gate_hoisting(runner))
+            compiled_models.install()
+            fusion_count.install()
     except Exception as e:
-        problem = f"its MoE runner cannot be read: {type(e).__name__}: {e}"
+        problem = f"its MoE runner cannot be replaced: {type(e).__name__}: {e}"
     if problem is not None:
         log.warning("gatefuse: vLLM is left as it is: %s", problem)
-        return
-    init = runner.__init__
-    if getattr(init, "gatefuse", False):
-        return
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        arguments = signature.bind(self, *args, **kwargs).arguments
-        expert = arguments.get("shared_experts")
-        held = arguments.get("shared_expert_gate") is not None
-        if held or getattr(expert, "expert_gate", None) is not None:
-            _gate_found(self, runner, expert, held)
-
-    wrapper.gatefuse = True  # type: ignore[attr-defined]
-    runner.__init__ = wrapper
 
 
-def _runner_problem(runner: Any) -> str | None:
-    """Why the class is not one that is known to call the MoE op and to add its two results."""
+def problem_of(runner: Any) -> str | None:
+    """Why vLLM's class of MoE runners is not replaced."""
+    from vllm.model_executor import custom_op
+
+    if (other := custom_op.op_registry_oot.get(runner.__name__)) is not None:
+        return f"another plugin has replaced the MoE runner by {other.__module__}.{other.__name__}"
     if "shared_experts" not in inspect.signature(runner.__init__).parameters:
         return "its MoE runner does not take the shared expert"
-    init = inspect.getsource(runner.__init__)
-    forward = inspect.getsource(runner.forward)
-    call = r"self\._forward_entry\(\s*hidden_states,\s*router_logits,\s*shared_experts_input,"
-    if "self._forward_entry = " not in init or len(re.findall(call, forward)) != 1:
-        return "its MoE runner does not call the MoE op through _forward_entry"
-    if not re.search(r"_unpack\(\s*result\s*\)|shared_output, fused_output = ", forward):
-        return "its MoE runner does not add the shared expert to the routed ones"
-    return None
-
-
-def _expert_problem(expert: Any) -> str | None:
-    """Why the class is not one whose last step is the gate."""
-    try:
-        source = "".join(inspect.getsource(expert.forward).split())
-    except (OSError, TypeError) as e:
-        return f"the source of {expert.__name__}.forward cannot be read: {e}"
-    last = "ifself.expert_gateisnotNone:out=F.sigmoid(self.expert_gate(x)[0])*outreturnout"
-    if not source.endswith(last) or source.count("expert_gate") != 2:
-        return f"{expert.__name__} does not end with the gate"
-    return None
-
-
-def _layer_problem(runner: Any, known: Any, expert: Any, held: bool) -> str | None:
-    """Why the gate of this layer stays where it is."""
-    from vllm import envs
-    from vllm.config import get_current_vllm_config
-
-    if held:
-        return "the gate is fused with the router's (shared_expert_gate is held by the runner)"
-    if type(runner) is not known:
-        return f"{type(runner).__name__} may call the MoE op in ways of its own"
-    if (problem := _expert_problem(type(expert))) is not None:
-        return problem
-    gate = expert.expert_gate
-    weight = getattr(gate, "weight", None)
-    if not isinstance(weight, torch.Tensor) or tuple(weight.shape[:-1]) != (1,):
-        return "the gate's weight is not one row"
-    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32) or (
-        getattr(gate, "quant_config", None) is not None
+    if not hasattr(runner, "_select_forward"):
+        return "its MoE runner does not choose how the MoE op is called"
+    schema = torch.ops.vllm.moe_forward_shared.default._schema
+    inputs = [argument.name for argument in schema.arguments[:3]]
+    if inputs != ["hidden_states", "router_logits", "shared_experts_input"] or (
+        [str(value.type) for value in schema.returns] != ["Tensor", "Tensor"]
     ):
-        return "the gate is quantised"
-    if getattr(gate, "bias", None) is not None:
-        return "the gate has a bias"
-    if getattr(runner.moe_config, "is_sequence_parallel", False):
-        return "the MoE layer is sequence parallel"
-    if get_current_vllm_config().lora_config is not None:
-        return "LoRA is enabled, whose streams rely on the MoE op"
-    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
-        return "batch invariance is asked for, which vLLM's own linears ensure"
+        return "its MoE op takes or returns something else than is known"
     return None
 
 
-def _compiles(compilation_config: Any) -> bool:
-    """Whether the engine compiles with Inductor in a mode that takes its Inductor config."""
-    mode = getattr(compilation_config.mode, "name", "")
-    if mode not in ("DYNAMO_TRACE_ONCE", "VLLM_COMPILE"):
-        return False
-    return compilation_config.backend == "inductor"
+@functools.cache
+def gate_hoisting(runner: Any) -> Any:
+    """The runner to be registered in place of vLLM's, which is given."""
+    signature = inspect.signature(runner.__init__)
 
+    class GateHoistingRunner(runner):
+        """vLLM's MoE runner, whose shared expert's gate can be taken out of the MoE op."""
 
-def _gate_found(runner: Any, known: Any, expert: Any, held: bool) -> None:
-    from vllm.config import get_current_vllm_config
+        hoisted_gate: Any = None
 
-    if settings.disabled_by_environment():
-        return
-    compilation_config = get_current_vllm_config().compilation_config
-    if not _compiles(compilation_config):
-        return
-    try:
-        problem = _layer_problem(runner, known, expert, held)
-    except Exception as e:  # internals of a version that looks different
-        problem = f"the layer cannot be read: {type(e).__name__}: {e}"
-    fusion_count.install()
-    if problem is not None:
-        if problem not in _logged:
-            _logged.add(problem)
-            log.info("gatefuse: shared-expert gates are left to vLLM: %s", problem)
-        fusion_count.note_left_alone(compilation_config)
-        return
-    graph_pass = passes.add_pass(compilation_config)
-    _hoist(runner, expert)
-    graph_pass.hoisted.append(runner.layer_name)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            arguments = signature.bind(self, *args, **kwargs).arguments
+            compiled_models.runner_made(
+                self, arguments.get("shared_experts"), arguments.get("shared_expert_gate")
+            )
 
+        @classmethod
+        def __subclasshook__(cls, other: Any) -> Any:
+            # vLLM's LoRA takes any runner for an instance of the registered class, or for none.
+            return True if runner in other.__mro__ else NotImplemented
 
-def _hoist(runner: Any, expert: Any) -> None:
-    gate, entry = expert.expert_gate, runner._forward_entry
-    expert.expert_gate = None  # the model's block still holds the gate, for weights and the like
-    _keep_weight(gate)
+        def _select_forward(self) -> Any:
+            entry, gate = super()._select_forward(), self.hoisted_gate
+            if gate is None:
+                return entry
 
-    def gated(
-        hidden_states: Any, router_logits: Any, shared_experts_input: Any, *rest: Any
-    ) -> tuple[Any, Any]:
-        shared, fused = entry(hidden_states, router_logits, shared_experts_input, *rest)
-        # hidden_states may be padded or projected for the routed experts.
-        x = hidden_states if shared_experts_input is None else shared_experts_input
-        # Not gate(x): vLLM's linears are opaque ops of their own on the CPU and on ROCm.
-        return torch.sigmoid(F.linear(x, gate.weight)) * shared, fused
+            def gated(
+                hidden_states: Any, router_logits: Any, shared_experts_input: Any, *rest: Any
+            ) -> tuple[Any, Any]:
+                shared, fused = entry(hidden_states, router_logits, shared_experts_input, *rest)
+                # hidden_states may be padded or projected for the routed experts.
+                x = hidden_states if shared_experts_input is None else shared_experts_input
+                # Not gate(x): vLLM's linears are opaque ops of their own on the CPU and on ROCm.
+                return torch.sigmoid(F.linear(x, gate.weight)) * shared, fused
 
-    runner._forward_entry = gated
+            return gated
+
+        def hoist(self, expert: torch.nn.Module, name: str) -> None:
+            """Apply the expert's gate, its submodule ``name``, to what the MoE op returns."""
+            gate = expert.get_submodule(name)
+            setattr(
+                expert, name, None
+            )  # the model's block still holds it, for weights and the like
+            _keep_weight(gate)
+            self.__dict__["hoisted_gate"] = gate  # no submodule: its weights have a name already
+            self._forward_entry = self._select_forward()
+
+    return GateHoistingRunner
 
 
 def _keep_weight(gate: Any) -> None:

@@ -1,0 +1,172 @@
+"""Which gates of a model are in compiled code, or can be taken there.
+
+Asked when vLLM has decided to compile: it initialises a ``TorchCompileWithNoGuardsWrapper`` in each
+module that it is going to compile, after the module's submodules are built. The engine's mode does
+not tell, for many models are compiled in no mode, and a gate hoisted from one of them would run by
+itself beside the MoE op. So nothing is hoisted elsewhere.
+
+In such a module each shared expert inside the MoE op is freed of its gate, if nothing speaks
+against it. The gates of shared experts outside the op are traced, and only the pass is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from gatefuse import settings
+from gatefuse.integrations.vllm import TESTED_VLLM, fusion_count, passes
+from gatefuse.integrations.vllm.shared_expert import gate_names, problem_of
+
+__all__ = ["install", "runner_made"]
+
+log = logging.getLogger("vllm.gatefuse")
+
+
+def install() -> None:
+    """Follow vLLM's decisions to compile from now on; idempotent."""
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    plain = TorchCompileWithNoGuardsWrapper.__init__
+    if hasattr(plain, "gatefuse"):
+        return
+
+    @functools.wraps(plain)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self, nn.Module) and not settings.disabled_by_environment():
+            _will_be_compiled(self)
+        plain(self, *args, **kwargs)
+
+    wrapper.gatefuse = True  # type: ignore[attr-defined]
+    TorchCompileWithNoGuardsWrapper.__init__ = wrapper
+
+
+def runner_made(runner: Any, expert: Any, gate_beside: Any) -> None:
+    """A runner of gatefuse's is built. expert: what it takes as shared expert; gate_beside: a gate
+    that it holds next to the router's (ROCm's AITER computes both in one product)."""
+    names = list(gate_names(expert)) if isinstance(expert, nn.Module) else []
+    if names:
+        _say_if_newer_than_tested()
+        runner.__dict__["gated"] = (expert, names[0])  # not as a submodule
+        fusion_count.note_gate(_config(), runner.layer_name, _not_compiled(_config()))
+    elif gate_beside is not None and _has_fused_experts(runner):
+        reason = "the gate is fused with the router's, inside the MoE op"
+        fusion_count.note_gate(_config(), runner.layer_name, reason)
+
+
+@functools.cache
+def _say_if_newer_than_tested() -> None:
+    import vllm
+
+    this, newest = (
+        [int(number) for number in re.findall(r"\d+", version)[:2]]
+        for version in (vllm.__version__, TESTED_VLLM[-1])
+    )
+    if this > newest:
+        log.info("gatefuse: not tested with this vLLM, %s", vllm.__version__)
+
+
+def _config() -> Any:
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config().compilation_config
+
+
+def _has_fused_experts(runner: Any) -> bool:
+    """Whether the shared expert is computed as one of the routed ones."""
+    manager = getattr(runner, "expert_map_manager", None)
+    return getattr(manager, "num_fused_shared_experts", 1) > 0
+
+
+def _not_compiled(config: Any) -> str:
+    """Why vLLM compiles no model, as long as it has not said that it does."""
+    from vllm import envs
+
+    mode = getattr(config.mode, "name", config.mode)
+    if mode in ("DYNAMO_TRACE_ONCE", "VLLM_COMPILE"):
+        return "vLLM does not compile this model"
+    breakable = getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False)
+    return f"compilation mode {mode}" + ", with breakable CUDA graphs" * bool(breakable)
+
+
+def _will_be_compiled(model: nn.Module) -> None:
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    runners = [m for m in model.modules() if isinstance(m, MoERunner)]
+    if not runners:
+        return
+    config = _config()
+    engine_problem = _engine_problem(config)
+    known: set[int] = set()
+    for runner in runners:
+        if (gated := vars(runner).get("gated")) is None:
+            continue
+        expert, name = gated
+        if (gate := getattr(expert, name)) is None:
+            continue  # vLLM compiles the model anew
+        known.add(id(gate))
+        try:
+            problem = engine_problem or _problem(model, expert, name)
+            if problem is None:
+                runner.hoist(expert, name)
+                passes.add_pass(config).hoisted.append(runner.layer_name)
+        except Exception as e:  # internals of a version that looks different
+            problem = f"the layer cannot be read: {type(e).__name__}: {e}"
+        fusion_count.note_gate(config, runner.layer_name, problem)
+    inside = {id(m): runner for runner in runners for m in runner.modules()}
+    for path, module in model.named_modules():
+        for name in gate_names(module):
+            gate = getattr(module, name)
+            if id(gate) in known:
+                continue
+            problem = engine_problem
+            if problem_of(module, name) is None:
+                known.add(id(gate))
+                if (runner := inside.get(id(module))) is not None:
+                    problem = f"{type(runner).__name__} may call the MoE op in ways of its own"
+                fusion_count.note_gate(config, f"{type(model).__name__}.{path}", problem)
+            elif name != "shared_expert_gate":  # of a block of transformers, it is counted if fused
+                continue
+            if problem is None:
+                passes.add_pass(config)
+
+
+def _engine_problem(config: Any) -> str | None:
+    """Why an engine that compiles gets no pass."""
+    from vllm import envs
+
+    if config.backend != "inductor":
+        return f"the backend {config.backend} is not Inductor"
+    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+        return "batch invariance is asked for, which vLLM's own linears ensure"
+    return None
+
+
+def _problem(model: nn.Module, expert: nn.Module, name: str) -> str | None:
+    """Why the gate of a shared expert stays inside the MoE op."""
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    if (problem := problem_of(expert, name)) is not None:
+        return problem
+    gate = expert.get_submodule(name)
+    method = getattr(gate, "quant_method", None)
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    if gate.weight.dtype not in floats or not isinstance(
+        method, (UnquantizedLinearMethod, type(None))
+    ):
+        return "the gate is quantised"
+    if getattr(gate, "bias", None) is not None:
+        return "the gate has a bias"
+    if (lora := get_current_vllm_config().lora_config) is not None:
+        targets = {target.rpartition(".")[2] for target in lora.target_modules or ()}
+        paths = model.named_modules(remove_duplicate=False)
+        names = {path.rpartition(".")[2] for path, module in paths if module is gate}
+        if not targets or targets & names:
+            return "LoRA may adapt the gate, for its target_modules do not leave it out"
+    return None
