@@ -22,7 +22,7 @@ OP = torch.ops.gatefuse.linear_sigmoid_mul_backward.default
 ALL = (True, True, True, True)
 
 CASES = [
-    # rows, H, D, dtype, row stride beyond the width, bias, logit, needed: input, weight, value, bias
+    # rows, H, D, dtype, row stride beyond the width, bias, logit, needed (in the op's order)
     (3, 64, 64, "float32", 0, False, False, ALL),
     (7, 64, 64, "bfloat16", 8, True, False, ALL),
     (5, 100, 36, "float16", 4, True, True, ALL),
