@@ -175,7 +175,7 @@ def test_in_the_graph():
     before = [
         (n.meta["val"].shape, n.meta["val"].stride()) for n in graph.output_node().args[0] if n
     ]
-    keep = mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", lambda *_: None)
+    keep = mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", return_value=None)
     with keep:
         gradient_rewriter.rewrite_gradients(graph, gatefuse.Options())
     graph.lint()
@@ -198,7 +198,7 @@ def test_an_error_leaves_the_graph_as_it_was():
     graph = graphs[1]
     before = str(graph)
     with (
-        mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", lambda *_: None),
+        mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", return_value=None),
         mock.patch.object(gradient_rewriter, "check_same", side_effect=ValueError("not the same")),
     ):
         for found in gradient_rewriter.rewrite_gradients(graph, gatefuse.Options()):
