@@ -94,10 +94,10 @@ def reason_to_keep_gradients(gradients: Gradients, options: Options) -> str | No
     On a GPU the input's gradient as a matrix product is written once and read again by whatever
     uses it, and its kernel is one of the library's slowest.
     """
-    if tensor_of(gradients.grad_logit, "the gradient").device.type == "cpu":
-        return "on the CPU Inductor's own are not slower"
     if options.eager_rounding or config.emulate_precision_casts:
         return "eager rounding was asked for"
+    if tensor_of(gradients.grad_logit, "the gradient").device.type == "cpu":
+        return "on the CPU Inductor's own are not slower"
     return None
 
 
