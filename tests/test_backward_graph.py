@@ -129,6 +129,38 @@ def test_where_inductor_tunes():
     assert (found.input, found.weight) == (PRODUCT, "elementwise")
 
 
+def test_generated_code_adds_the_product():
+    """Not the library, which would read it from memory, as in PyTorch 2.13 and later."""
+    graph = torch.fx.Graph()
+
+    def value(*shape: int) -> Tensor:
+        return torch.empty(*shape, device="meta")
+
+    grad, v, z, w, a, b = (graph.placeholder(name) for name in "gvzwab")
+    shapes = [(9, 32), (9, 32), (9, 1), (1, 32), (9, 4), (4, 32)]
+    for node, shape in zip((grad, v, z, w, a, b), shapes, strict=True):
+        node.meta["val"] = value(*shape)
+
+    def call(target: Any, *args: Any) -> torch.fx.Node:
+        node = graph.call_function(target, args)
+        node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+    gate = call(aten.sigmoid.default, z)
+    slope = call(aten.mul.Tensor, gate, call(aten.sub.Tensor, 1, gate))
+    row_sum = call(aten.sum.dim_IntList, call(aten.mul.Tensor, grad, v), [1], True)
+    product = call(aten.mul.Tensor, call(aten.mul.Tensor, row_sum, slope), w)
+    graph.output((call(aten.addmm.default, product, a, b), call(aten.mul.Tensor, grad, gate)))
+    with mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", return_value=None):
+        (found,) = gradient_rewriter.rewrite_gradients(graph, gatefuse.Options())
+    graph.lint()
+    assert (found.rewritten, found.reason) == (1, "")
+    assert not graph.find_nodes(op="call_function", target=aten.addmm.default)
+    (library,) = graph.find_nodes(op="call_function", target=aten.mm.default)
+    assert library.args == (a, b)
+    assert {*graph.output_node().args[0][0].args} == {library, product}
+
+
 def test_recomputed_in_the_backward():
     (found,) = run(Checkpointed(), (20,))
     assert (found.input, found.weight, found.reason) == (PRODUCT, LIBRARY, "")
