@@ -17,7 +17,13 @@ from gatefuse.inductor import choices
 from gatefuse.inductor.choices import GRADIENT_KEY
 from gatefuse.inductor.cost_model import reason_to_keep_gradients
 from gatefuse.inductor.fx_utils import arguments, known, tensor_of
-from gatefuse.inductor.match_backward import Gradients, find_gradients, gradients_of, products_of
+from gatefuse.inductor.match_backward import (
+    Gradients,
+    find_gradients,
+    gradients_of,
+    products_of,
+    through,
+)
 from gatefuse.inductor.node_order import Order
 from gatefuse.inductor.rewriter import check_same, erase_unused, insert_call
 from gatefuse.origin import origin_of
@@ -91,9 +97,10 @@ def _sums_with_matrix_products(product: Node) -> list[Node]:
     """Each ``addmm`` that adds ``product``, from memory, to a matrix product."""
     return [
         user
-        for user in product.users
+        for node in through(product)
+        for user in node.users
         if user.target is aten.addmm.default
-        and arguments(user)[0] is product
+        and arguments(user)[0] is node
         and arguments(user)[3:] == (1, 1)
     ]
 

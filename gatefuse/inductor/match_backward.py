@@ -25,7 +25,7 @@ from gatefuse.inductor.fx_utils import (
     tensor_of,
 )
 
-__all__ = ["Gradients", "find_gradients", "gradients_of", "products_of"]
+__all__ = ["Gradients", "find_gradients", "gradients_of", "products_of", "through"]
 
 aten = torch.ops.aten
 
@@ -58,7 +58,7 @@ def find_gradients(graph: Graph) -> list[Gradients]:
     return list(found.values())
 
 
-def _through(node: Node) -> Iterator[Node]:
+def through(node: Node) -> Iterator[Node]:
     """The node, and what has the same elements in the same order, of another shape or float type;
     of one element per row also transposed."""
     seen, stack = {node}, [node]
@@ -81,13 +81,13 @@ def _grad_logits(complement: Node) -> Iterator[Node]:
         return
     while is_neutral(gate):
         gate = source_of(gate)
-    same = list(_through(gate))
+    same = list(through(gate))
     for derivative in complement.users:
         if derivative.target is not aten.mul.Tensor:
             continue
         if not any(n in same for n in derivative.all_input_nodes):
             continue
-        for node in _through(derivative):
+        for node in through(derivative):
             for product in node.users:
                 if product.target is aten.mul.Tensor and any(
                     _is_row_sum(n) for n in product.all_input_nodes if n is not node
@@ -113,7 +113,7 @@ def _is_row_sum(node: Node) -> bool:
 def gradients_of(grad_logit: Node) -> Gradients:
     """The gradients that are computed of a logit's."""
     input_products, weight_products, elementwise = list[Node](), list[Node](), list[Node]()
-    for node in _through(grad_logit):
+    for node in through(grad_logit):
         shape = tensor_of(node, "the logit's gradient").shape
         for user in node.users:
             if user.target is aten.mul.Tensor:
