@@ -48,7 +48,7 @@ class AlikeLayers:
         """Enter the gates and sigmoids of the missing layers into the graphs' reports; returns the
         model's gates with theirs."""
         for graph in graphs:
-            for records in (graph.sites, graph.rejections):
+            for records in (graph.sites, graph.rejections, graph.gradients):
                 whole: list[Any] = []
                 for record in records:
                     whole += [record, *(self._moved(record, j) for j in self._likes(record.layer))]

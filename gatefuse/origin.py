@@ -56,7 +56,7 @@ def _source_of(node: Node) -> tuple[str | None, str | None]:
 
 def layer_of(node: Node) -> str | None:
     """The name of the module that made the node, as ``named_modules`` has it, or None."""
-    stack = node.meta.get("nn_module_stack")
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return None
     path = next(reversed(stack.values()))[0]

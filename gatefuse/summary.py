@@ -146,8 +146,8 @@ def grouped(found: Iterable[_Found], key: Callable[[_Found], _Key]) -> dict[_Key
 def gradients_as_text(found: GradientReport) -> str:
     """What became of a gate's gradients, in a line."""
     named = (("input's", found.input), ("weight's", found.weight))
-    forms = [f"{name}: {form}" for name, form in named if form]
-    return "; ".join([*forms, *([f"({found.reason})"] if found.reason else [])])
+    text = "; ".join(f"the {name} {form}" for name, form in named if form)
+    return f"{text} ({found.reason})" if found.reason else text
 
 
 def line_of(found: SiteReport | RejectionReport) -> tuple[str, str | None]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gatefuse
+from gatefuse.bench.workloads import call, make_set
 from gatefuse.inductor import gradient_rewriter
 from gatefuse.records import GradientReport
+from tests.support.cuda_codegen import cuda_codegen, local_memory, on_cuda
 from tests.support.cuda_rewrites import emulate_coordinate_descent
 from tests.support.graphs import capture_post_grad
 
@@ -129,6 +133,38 @@ def test_where_inductor_tunes():
     assert (found.input, found.weight) == (PRODUCT, "elementwise")
 
 
+def test_generated_code_adds_the_product():
+    """Not the library, which would read it from memory, as in PyTorch 2.13 and later."""
+    graph = torch.fx.Graph()
+
+    def value(*shape: int) -> Tensor:
+        return torch.empty(*shape, device="meta")
+
+    grad, v, z, w, a, b = (graph.placeholder(name) for name in "gvzwab")
+    shapes = [(9, 32), (9, 32), (9, 1), (1, 32), (9, 4), (4, 32)]
+    for node, shape in zip((grad, v, z, w, a, b), shapes, strict=True):
+        node.meta["val"] = value(*shape)
+
+    def call(target: Any, *args: Any) -> torch.fx.Node:
+        node = graph.call_function(target, args)
+        node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+    gate = call(aten.sigmoid.default, z)
+    slope = call(aten.mul.Tensor, gate, call(aten.sub.Tensor, 1, gate))
+    row_sum = call(aten.sum.dim_IntList, call(aten.mul.Tensor, grad, v), [1], True)
+    product = call(aten.mul.Tensor, call(aten.mul.Tensor, row_sum, slope), w)
+    graph.output((call(aten.addmm.default, product, a, b), call(aten.mul.Tensor, grad, gate)))
+    with mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", return_value=None):
+        (found,) = gradient_rewriter.rewrite_gradients(graph, gatefuse.Options())
+    graph.lint()
+    assert (found.rewritten, found.reason) == (1, "")
+    assert not graph.find_nodes(op="call_function", target=aten.addmm.default)
+    (library,) = graph.find_nodes(op="call_function", target=aten.mm.default)
+    assert library.args == (a, b)
+    assert {*graph.output_node().args[0][0].args} == {library, product}
+
+
 def test_recomputed_in_the_backward():
     (found,) = run(Checkpointed(), (20,))
     assert (found.input, found.weight, found.reason) == (PRODUCT, LIBRARY, "")
@@ -206,3 +242,25 @@ def test_an_error_leaves_the_graph_as_it_was():
         for found in gradient_rewriter.rewrite_gradients(graph, gatefuse.Options()):
             assert found.rewritten == 0
     assert str(graph) == before
+
+
+@pytest.mark.parametrize("H", [2048, 8192])
+def test_on_a_gpu_rows_of_the_backward_stay_in_registers(H: int, tmp_path: Path) -> None:
+    """In the decoder layer's glue: one kernel from norm to norm, without a copy of its rows."""
+    module, inputs = make_set("glue-training", H, 4, BF16, "cpu")
+    with capture_post_grad() as graphs, torch._inductor.config.patch(force_disable_caches=True):
+        module.step(torch.compile(call, dynamic=False), *inputs)
+    graph = graphs[-1]
+    values = [n.meta["val"] for n in graph.nodes if n.op == "placeholder"]
+    backward = torch.fx.GraphModule(nn.Module(), graph)
+    torch._dynamo.reset()
+    with cuda_codegen() as generated, gatefuse.record() as report, torch.no_grad():
+        on_gpu = [on_cuda(torch.empty_strided(v.shape, v.stride(), dtype=v.dtype)) for v in values]
+        torch.compile(backward, dynamic=False, options=gatefuse.options())(*on_gpu)
+    (found,) = [g for graph in report.graphs for g in graph.gradients]
+    assert not found.reason
+    code = generated.code
+    rows = [name for name in code.kernels if name.startswith("triton_per")]
+    assert "extern_kernels.addmm" not in code.launches
+    assert not re.search(rf"empty_strided_cuda\(\(4, {H}\), .*float32\)", code.source)
+    assert local_memory(code, rows[0], tmp_path) == 0

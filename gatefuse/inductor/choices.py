@@ -15,12 +15,17 @@ from typing import Any
 import torch
 from torch._inductor.virtualized import V
 
-__all__ = ["install"]
+__all__ = ["GRADIENT_KEY", "install"]
 
 log = logging.getLogger("gatefuse")
 
 WIDEST = 8192
 """Widest row, in elements, that is kept in registers."""
+
+GRADIENT_KEY = "gatefuse_gradient"
+"""Key of ``node.meta`` that marks the gradient of a gate's input. Its kernel is of the same kind:
+backward of the norm behind the gate, the gate's row sum, backward of the norm in front of it. In a
+loop over the row it keeps one row after the other in memory between them, in float32."""
 
 
 class _GateChoices:
@@ -100,4 +105,5 @@ def _is_gate(scheduler_node: Any) -> bool:
         torch.ops.gatefuse.linear_sigmoid_mul.default,
         torch.ops.gatefuse.linear_sigmoid_mul_logit.default,
     )
-    return any(origin.target in gates for origin in scheduler_node.node.get_origins())
+    origins = scheduler_node.node.get_origins()
+    return any(n.target in gates or GRADIENT_KEY in n.meta for n in origins)

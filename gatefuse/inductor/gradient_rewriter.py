@@ -1,7 +1,8 @@
 """Writes the gradient of a gate's input in the form that Inductor can fuse.
 
-A matrix product of ``[N, 1]`` and ``[1, H]`` becomes an elementwise product. Results keep their
-dtypes, shapes and strides; a gradient of which that cannot be shown stays as it is.
+A matrix product of ``[N, 1]`` and ``[1, H]`` becomes an elementwise product; generated code, not
+the library, adds it to another matrix product. Results keep their dtypes, shapes and strides; a
+gradient of which that cannot be shown stays as it is.
 """
 
 from __future__ import annotations
@@ -12,9 +13,17 @@ from collections.abc import Callable
 import torch
 from torch.fx import Graph, Node
 
+from gatefuse.inductor import choices
+from gatefuse.inductor.choices import GRADIENT_KEY
 from gatefuse.inductor.cost_model import reason_to_keep_gradients
 from gatefuse.inductor.fx_utils import arguments, known, tensor_of
-from gatefuse.inductor.match_backward import Gradients, find_gradients, products_of
+from gatefuse.inductor.match_backward import (
+    Gradients,
+    find_gradients,
+    gradients_of,
+    products_of,
+    through,
+)
 from gatefuse.inductor.node_order import Order
 from gatefuse.inductor.rewriter import check_same, erase_unused, insert_call
 from gatefuse.origin import origin_of
@@ -35,28 +44,32 @@ def rewrite_gradients(graph: Graph, options: Options) -> list[GradientReport]:
         assert order is not None
         reason = reason_to_keep_gradients(gradients, options)
         if reason is None and order.draws() > 1:
-            reason = (
-                "random numbers are drawn more than once in this graph, in an order that counts"
-            )
+            reason = "random numbers are drawn more than once in this graph"
         rewritten = 0
-        for product in gradients.input_products if reason is None else ():
-            try:
+        try:
+            for product in gradients.input_products if reason is None else ():
                 if not product._erased:  # with another gate's gradient in it
-                    _make_elementwise(graph, product)
+                    _replace(graph, product, _elementwise)
                 rewritten += 1
-            except Exception as e:
-                reason = str(e)
+            products = gradients_of(gradients.grad_logit).elementwise
+            for product in products if reason is None else ():
+                product.meta[GRADIENT_KEY] = True
+                choices.install()
+                for added in _sums_with_matrix_products(product):
+                    _replace(graph, added, _apart)
+                    rewritten += 1
+        except Exception as e:
+            reason = str(e)
         reports.append(_report(gradients, rewritten, reason or ""))
     return reports
 
 
-def _make_elementwise(graph: Graph, old: Node) -> None:
-    """Rewrite ``mm``, ``addmm`` or ``mm_plus_mm`` with a column and a row among its operands; on an
-    error the graph stays as it was."""
+def _replace(graph: Graph, old: Node, make: Callable[[Callable[..., Node], Node], Node]) -> None:
+    """Put what ``make`` inserts in the place of a node; on an error the graph stays as it was."""
     last = old.prev
     try:
         with graph.inserting_before(old):
-            new = _elementwise(functools.partial(insert_call, graph, old), old)
+            new = make(functools.partial(insert_call, graph, old), old)
         check_same(new.meta["val"], old.meta["val"])
     except Exception:
         while old.prev is not last:
@@ -67,6 +80,7 @@ def _make_elementwise(graph: Graph, old: Node) -> None:
 
 
 def _elementwise(call: Callable[..., Node], old: Node) -> Node:
+    """``mm``, ``addmm`` or ``mm_plus_mm``, with a column and a row among its operands."""
     parts = [
         call(aten.mul.Tensor if known(_columns(left) == 1) else aten.mm.default, left, right)
         for left, right in products_of(old)
@@ -77,6 +91,24 @@ def _elementwise(call: Callable[..., Node], old: Node) -> Node:
             raise ValueError("the product is scaled")
         parts.append(added)
     return functools.reduce(functools.partial(call, aten.add.Tensor), parts)
+
+
+def _sums_with_matrix_products(product: Node) -> list[Node]:
+    """Each ``addmm`` that adds ``product``, from memory, to a matrix product."""
+    return [
+        user
+        for node in through(product)
+        for user in node.users
+        if user.target is aten.addmm.default
+        and arguments(user)[0] is node
+        and arguments(user)[3:] == (1, 1)
+    ]
+
+
+def _apart(call: Callable[..., Node], old: Node) -> Node:
+    """An ``addmm`` as a matrix product and a sum."""
+    added, left, right, *_ = arguments(old)
+    return call(aten.add.Tensor, call(aten.mm.default, left, right), added)
 
 
 def _columns(node: Node) -> int | torch.SymInt:

@@ -25,7 +25,7 @@ from gatefuse.inductor.fx_utils import (
     tensor_of,
 )
 
-__all__ = ["Gradients", "find_gradients", "products_of"]
+__all__ = ["Gradients", "find_gradients", "gradients_of", "products_of", "through"]
 
 aten = torch.ops.aten
 
@@ -36,14 +36,14 @@ class Gradients:
 
     grad_logit: the logit's gradient. input_products: the input's gradient as ``mm`` or ``addmm`` of
     ``[N, 1]`` and ``[1, H]``, or one of the two products in Inductor's ``mm_plus_mm``.
-    weight_products: the weight's as ``mm`` of ``[1, N]`` and ``[N, H]``. elementwise: whether there
-    are products of elements, perhaps summed.
+    weight_products: the weight's as ``mm`` of ``[1, N]`` and ``[N, H]``. elementwise: products
+    of elements, which may be either.
     """
 
     grad_logit: Node
     input_products: tuple[Node, ...]
     weight_products: tuple[Node, ...]
-    elementwise: bool
+    elementwise: tuple[Node, ...]
 
 
 def find_gradients(graph: Graph) -> list[Gradients]:
@@ -54,11 +54,11 @@ def find_gradients(graph: Graph) -> list[Gradients]:
             # A node nobody foresaw leaves this gate alone.
             with contextlib.suppress(Exception):
                 for grad_logit in _grad_logits(node):
-                    found[grad_logit] = _gradients(grad_logit)
+                    found[grad_logit] = gradients_of(grad_logit)
     return list(found.values())
 
 
-def _through(node: Node) -> Iterator[Node]:
+def through(node: Node) -> Iterator[Node]:
     """The node, and what has the same elements in the same order, of another shape or float type;
     of one element per row also transposed."""
     seen, stack = {node}, [node]
@@ -81,13 +81,13 @@ def _grad_logits(complement: Node) -> Iterator[Node]:
         return
     while is_neutral(gate):
         gate = source_of(gate)
-    same = list(_through(gate))
+    same = list(through(gate))
     for derivative in complement.users:
         if derivative.target is not aten.mul.Tensor:
             continue
         if not any(n in same for n in derivative.all_input_nodes):
             continue
-        for node in _through(derivative):
+        for node in through(derivative):
             for product in node.users:
                 if product.target is aten.mul.Tensor and any(
                     _is_row_sum(n) for n in product.all_input_nodes if n is not node
@@ -110,19 +110,20 @@ def _is_row_sum(node: Node) -> bool:
     return product.target is aten.mul.Tensor and len(product.all_input_nodes) == 2
 
 
-def _gradients(grad_logit: Node) -> Gradients:
-    input_products, weight_products = list[Node](), list[Node]()
-    elementwise = False
-    for node in _through(grad_logit):
+def gradients_of(grad_logit: Node) -> Gradients:
+    """The gradients that are computed of a logit's."""
+    input_products, weight_products, elementwise = list[Node](), list[Node](), list[Node]()
+    for node in through(grad_logit):
         shape = tensor_of(node, "the logit's gradient").shape
         for user in node.users:
-            elementwise |= user.target is aten.mul.Tensor
+            if user.target is aten.mul.Tensor:
+                elementwise.append(user)
             for left, _ in products_of(user):
                 if left is node and known(shape[1] == 1):
                     input_products.append(user)
                 elif left is node and known(shape[0] == 1):
                     weight_products.append(user)
-    return Gradients(grad_logit, tuple(input_products), tuple(weight_products), elementwise)
+    return Gradients(grad_logit, tuple(input_products), tuple(weight_products), tuple(elementwise))
 
 
 def products_of(node: Node) -> tuple[tuple[Node, Node], ...]:
