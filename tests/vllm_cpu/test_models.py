@@ -101,6 +101,24 @@ def test_transformers_backend(build: Build) -> None:
     assert (built.left, built.hoisted) == (FUSED, LAYERS[:2])
 
 
+def test_draft_of_the_same_checkpoint(build: Build) -> None:
+    """The layer of multi-token prediction, which is a model of its own and part of the engine."""
+    from vllm.config import replace
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    speculative = {"method": "mtp", "num_speculative_tokens": 1}
+    built = build("qwen3_next", speculative_config=speculative)
+    config = replace(built.config, load_config=built.config.load_config)  # as vLLM's runners do
+    with set_default_torch_dtype(torch.bfloat16):
+        draft = initialize_model(
+            vllm_config=config, model_config=config.speculative_config.draft_model_config
+        )
+    assert type(draft).__name__ == "Qwen3NextMTP"
+    assert len(built.hoisted) == 5
+    assert fusion_count._gates[id(built.config.compilation_config)] == dict.fromkeys(built.hoisted)
+
+
 def stays(built: SimpleNamespace, reason: str) -> bool:
     """Every gate is left, for this reason, and where vLLM has put it; there is no pass."""
     gates = [m.expert_gate for m in built.model.modules() if hasattr(m, "expert_gate")]

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from gatefuse import settings
-from gatefuse.integrations.vllm import TESTED_VLLM, fusion_count, passes
+from gatefuse.compat import TESTED_VLLM
+from gatefuse.integrations.vllm import fusion_count, passes
 from gatefuse.integrations.vllm.shared_expert import gate_names, problem_of
 
 __all__ = ["install", "runner_made"]
