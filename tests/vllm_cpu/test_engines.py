@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.vllm_cpu import tiny
 from tests.vllm_cpu.conftest import ALONE, NO_CACHES, Engine, Reference, Run
 
 GATES = {"qwen2_moe": 2, "qwen3_next": 4}
@@ -31,8 +34,9 @@ def unfused_engine(run: Run, model: str) -> Engine:
 
 
 def plain_engine(run: Run) -> Engine:
-    """Without anything of gatefuse's."""
-    return run("qwen2_moe", "plain", ALONE, caches="plain")
+    """Without anything of gatefuse's, beside the caches of an engine with it."""
+    fused_engine(run, "qwen2_moe")
+    return run("qwen2_moe", "plain", ALONE, caches="shared")
 
 
 @models
@@ -79,12 +83,17 @@ def assert_near(error: torch.Tensor, allowed: torch.Tensor) -> None:
 @pytest.mark.parametrize("model", list(MORE_GATES))
 def test_more_families(run: Run, reference: Reference, model: str) -> None:
     """Qwen3.5-MoE, and the copy of the shared expert in Qwen3-MoE, of which Qwen3-Omni's thinker is
-    made; with the error of eager bfloat16 as the measure."""
+    made; with the error of eager bfloat16 as the measure, in an engine whose gates are left to
+    vLLM, with a line that says why."""
     fused = run(model, "fused", NO_CACHES)
     assert fused.ops == MORE_GATES[model]
     assert fused.lines == [line(MORE_GATES[model])]
     eager = dict(enforce_eager=True, compilation_config={})
-    unfused = run(model, "eager", ALONE, **eager)
+    unfused = run(model, "eager", **eager)
+    gates = MORE_GATES[model]
+    assert unfused.lines == [
+        f"gatefuse: {gates} shared-expert gates left to vLLM: compilation mode NONE"
+    ]
     if model == "qwen3_moe":  # transformers has no such model with a shared expert
         expected = run(model, "float32", ALONE, dtype="float32", **eager).logprobs
     else:
@@ -98,11 +107,10 @@ def of_prompts(reference: Reference, model: str, engine: Engine) -> list[torch.T
     return [r[: -len(tokens)] for r, tokens in zip(rows, engine.result["tokens"])]
 
 
-@models
-def test_warm_cache(run: Run, model: str) -> None:
+def test_warm_cache(run: Run) -> None:
     """Loaded code is fused, counted, and gives the same numbers; the pass is not called."""
-    cold = fused_engine(run, model)
-    warm = run(model, "warm", caches="shared")
+    cold = fused_engine(run, "qwen2_moe")
+    warm = run("qwen2_moe", "warm", caches="shared")
     assert "Directly load AOT compilation" in warm.log
     assert not warm.result["graphs"]
     assert warm.lines == cold.lines
@@ -117,21 +125,15 @@ def test_expect_with_a_warm_cache(run: Run) -> None:
     assert "expected at least 3 fused gates in the engine, fused 2" in failed.log
 
 
-def test_warm_cache_of_the_plugin_is_not_used_without_it(run: Run) -> None:
-    fused_engine(run, "qwen2_moe")
-    beside = run("qwen2_moe", "beside a warm cache", ALONE, caches="shared")
-    assert beside.result["graphs"]
-    assert beside.ops == 0
-    assert torch.equal(beside.logprobs, plain_engine(run).logprobs)
-
-
 def test_turned_off_is_untouched(run: Run) -> None:
-    """GATEFUSE_DISABLE=1 gives the graphs and the hash of a vLLM that never saw the plugin."""
+    """GATEFUSE_DISABLE=1 gives the graphs and the hash of a vLLM that never saw the plugin; neither
+    takes fused code from a cache."""
     off = run("qwen2_moe", "off", {"GATEFUSE_DISABLE": "1"}, caches="off")
     plain = plain_engine(run)
     for what in ("traced", "graphs", "hash", "tokens"):
         assert off.result[what] == plain.result[what], what
     assert off.result["graphs"]
+    assert off.ops == 0
     assert not off.lines
     assert torch.equal(off.logprobs, plain.logprobs)
 
@@ -149,14 +151,36 @@ def test_mode_2(run: Run, reference: Reference) -> None:
     assert_near(stock.logprobs - expected, unfused.logprobs - expected)
 
 
-def test_behind_the_users_own_pass(run: Run) -> None:
-    """A pass on the hook stays, and runs first; options come from the environment."""
-    behind = run(
+def behind_engine(run: Run, place: Path) -> Engine:
+    """With another pass, and other weights loaded afterwards, then the first ones again."""
+    other = place / "models" / "other gates"
+    if not other.exists():
+        tiny.build(other, "qwen2_moe", gates=-2.0)
+    return run(
         "qwen2_moe",
         "behind",
         {"GATEFUSE_EAGER_ROUNDING": "1"} | NO_CACHES,
         compilation_config={"mode": 3, "hook": "own"},
+        reload=[str(other), str(place / "models" / "qwen2_moe")],
     )
+
+
+def test_weights_are_loaded_anew(run: Run, place: Path, reference: Reference) -> None:
+    """The compiled code takes the gates' new weights."""
+    engine = behind_engine(run, place)
+    changed, back = engine.result["reloaded"]
+    assert torch.equal(back, engine.logprobs)
+    expected = torch.cat(of_prompts(reference, "other gates", engine))
+    unfused = unfused_engine(run, "qwen2_moe")
+    before = torch.cat(of_prompts(reference, "qwen2_moe", engine))
+    assert_near(changed - expected, unfused.logprobs - before)
+    norm = torch.linalg.vector_norm
+    assert norm(expected - before) > 4 * norm(changed - expected), "the gates matter"
+
+
+def test_behind_the_users_own_pass(run: Run, place: Path) -> None:
+    """A pass on the hook stays, and runs first; options come from the environment."""
+    behind = behind_engine(run, place)
     assert behind.lines == [line(2)]
     assert behind.ops == 2
     seen = behind.result["seen_by_own_pass"]
@@ -166,6 +190,17 @@ def test_behind_the_users_own_pass(run: Run) -> None:
     plain, fused = plain_engine(run).logprobs, fused_engine(run, "qwen2_moe").logprobs
     norm = torch.linalg.vector_norm
     assert norm(behind.logprobs - plain) <= norm(fused - plain)
+
+
+def test_transformers_backend(run: Run, reference: Reference) -> None:
+    """Models of transformers, whose experts and gates vLLM moves into its MoE op."""
+    fused = run("qwen2_moe", "transformers", NO_CACHES, model_impl="transformers")
+    assert "TransformersMoEForCausalLM" in fused.log
+    assert fused.ops == 2
+    assert fused.lines == [line(2)]
+    expected = torch.cat(of_prompts(reference, "qwen2_moe", fused))
+    unfused = unfused_engine(run, "qwen2_moe")
+    assert_near(fused.logprobs - expected, unfused.logprobs - expected)
 
 
 def test_tensor_parallel(run: Run, reference: Reference) -> None:

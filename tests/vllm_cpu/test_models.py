@@ -241,6 +241,8 @@ def test_shared_experts_outside_the_op(build: Build, monkeypatch: pytest.MonkeyP
     from vllm.model_executor.models import qwen3_next
 
     replicates = "_should_replicate_misaligned_shared_expert"
+    if not hasattr(qwen3_next, replicates):
+        pytest.skip("this vLLM replicates none")
     monkeypatch.setattr(qwen3_next, replicates, lambda *args, **kwargs: True)
     built = build("qwen3_next")
     assert built.left == [None] * 4
