@@ -1,4 +1,4 @@
-"""The operands of the op: their order, their checks, the dtype of their result."""
+"""The operands of the op: their order, their checks, their rows, the dtype of their result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["KERNEL_DTYPES", "Operands", "check", "check_tensors", "result_dtype"]
+__all__ = ["KERNEL_DTYPES", "Operands", "as_rows", "check", "check_tensors", "result_dtype"]
 
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 """Element types that the Triton kernel reads and writes; it always computes in float32."""
@@ -96,3 +96,11 @@ def result_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The promotion of the operands' dtypes: the dtype of the result, or, given input, weight and
     bias alone, that of the linear."""
     return functools.reduce(torch.promote_types, dtypes)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """``t`` as ``[rows, width]`` with inner stride 1: a view where there is one, else a copy."""
+    rows = (
+        t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty(t.shape[:-1].numel(), t.shape[-1])
+    )
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

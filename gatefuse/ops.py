@@ -11,7 +11,6 @@ them, as in training, where the backward reads them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gatefuse import compat, settings
-from gatefuse.operands import KERNEL_DTYPES, Operands, check, check_tensors, result_dtype
+from gatefuse import formulas
+from gatefuse.gradients import gradients
+from gatefuse.operands import KERNEL_DTYPES, Operands, as_rows, check, check_tensors
 
 __all__ = ["linear_sigmoid_mul", "linear_sigmoid_mul_reference"]
 
@@ -37,43 +37,10 @@ _LIBRARY.define(
 )
 
 
-def _batch_invariant() -> bool:
-    """Whether a row's result must not depend on the number of rows."""
-    return compat.batch_invariant() or (
-        "GATEFUSE_BATCH_INVARIANT" in os.environ and settings.flag("GATEFUSE_BATCH_INVARIANT")
-    )
-
-
-def _compute(operands: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Result and logits, both in ``dtype``, in plain ATen."""
-    input, weight, value, bias, addend = operands
-    x, w = input.to(dtype), weight.to(dtype)
-    b = None if bias is None else bias.reshape(1).to(dtype)
-    if _batch_invariant():
-        # Matrix products are not; nor is a vectorised sigmoid, in the last place of its tail.
-        logit = (x * w).sum(-1, keepdim=True)
-        logit = logit if b is None else logit + b
-        gate = torch.sigmoid(logit.double()).to(dtype)
-    else:
-        logit = torch.nn.functional.linear(x, w, b)
-        gate = torch.sigmoid(logit)
-    gate = gate.reshape(*value.shape[:-1], 1)
-    out = gate * value.to(dtype)
-    return (out if addend is None else out + addend.to(dtype)), logit
-
-
 def _aten(operands: Operands) -> tuple[Tensor, Tensor]:
     dtype = operands.result_dtype()
-    out, logit = _compute(operands, torch.promote_types(torch.float32, dtype))
+    out, logit = formulas.value_and_logit(operands, torch.promote_types(torch.float32, dtype))
     return out.to(dtype), logit
-
-
-def _as_rows(t: Tensor) -> Tensor:
-    """``t`` as ``[rows, width]`` with inner stride 1: a view where there is one, else a copy."""
-    rows = (
-        t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty(t.shape[:-1].numel(), t.shape[-1])
-    )
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def _row_ordered(t: Tensor) -> bool:
@@ -127,8 +94,8 @@ def _triton(
         return None
     if not (_row_ordered(value) and (addend is None or _row_ordered(addend))):
         return None
-    rows, value_rows = _as_rows(input), _as_rows(value)
-    addend_rows = None if addend is None else _as_rows(addend)
+    rows, value_rows = as_rows(input), as_rows(value)
+    addend_rows = None if addend is None else as_rows(addend)
     out = torch.empty(value.shape, dtype=operands.result_dtype(), device=value.device)
     logit = None
     if logit_dtype is not None:
@@ -155,7 +122,7 @@ def _triton(
             None if logit is None else logit.view(-1),
             pdl=pdl,
             weight_first=weight_first,
-            batch_invariant=_batch_invariant(),
+            batch_invariant=formulas.batch_invariant(),
         )
     return out, logit
 
@@ -252,32 +219,17 @@ def _fake_logit(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    # Not the logits: the backward reads the input for the weight's gradient, and has them again
+    # for nothing.
     input, weight, value, bias, addend = Operands(*inputs)
-    ctx.save_for_backward(input, weight, bias, value)
+    ctx.save_for_backward(input, weight, value, bias)
     ctx.addend_dtype = None if addend is None else addend.dtype
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    # With s = sigmoid(z): d out / d value = s, d out / d z = value * s * (1 - s).
-    input, weight, bias, value = ctx.saved_tensors
-    dtype = result_dtype(torch.float32, *(t.dtype for t in (input, weight, value, grad)))
-    g, v, x, w = (t.to(dtype) for t in (grad, value, input, weight))
-    z = torch.nn.functional.linear(x, w, None if bias is None else bias.reshape(1).to(dtype))
-    s = torch.sigmoid(z)
-    need_input, need_weight, need_value, need_bias, need_addend = Operands(*ctx.needs_input_grad)
-    grad_input = grad_weight = grad_bias = grad_value = None
-    if need_value:
-        grad_value = (s.reshape(*value.shape[:-1], 1) * g).to(value.dtype)
-    if need_input or need_weight or need_bias:
-        grad_z = (g * v).sum(-1, keepdim=True).reshape(z.shape) * s * (1 - s)
-        if need_input:
-            grad_input = (grad_z * w).to(input.dtype)
-        if need_weight:
-            grad_weight = (grad_z.reshape(1, -1) @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
-        if need_bias:
-            grad_bias = grad_z.sum().reshape(bias.shape).to(bias.dtype)
-    grad_addend = grad.to(ctx.addend_dtype) if need_addend else None
-    return grad_input, grad_weight, grad_value, grad_bias, grad_addend
+    needed = Operands(*ctx.needs_input_grad)
+    grads = gradients(grad, Operands(*ctx.saved_tensors), needed)
+    return grads._replace(addend=grad.to(ctx.addend_dtype) if needed.addend else None)
 
 
 torch.library.register_autograd(
@@ -339,4 +291,4 @@ def linear_sigmoid_mul_reference(
     operands = Operands(input, weight, value, bias, addend)
     check_tensors(operands)
     check(operands)
-    return _compute(operands, torch.float64)[0]
+    return formulas.value_and_logit(operands, torch.float64)[0]

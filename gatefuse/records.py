@@ -8,6 +8,7 @@ from typing import Literal
 __all__ = [
     "Activity",
     "DrawnNode",
+    "GradientReport",
     "GraphReport",
     "Kind",
     "ModelGates",
@@ -75,6 +76,24 @@ class RejectionReport:
 
 
 @dataclass
+class GradientReport:
+    """What became of the gradients of one gate, in the graph of a backward.
+
+    input, weight: in what form those two are computed, None where they are not. rewritten: how many
+    of them in another form than Inductor had them. reason: why not, or not all.
+    """
+
+    node: str
+    location: str | None
+    input: str | None
+    weight: str | None
+    rewritten: int = 0
+    reason: str = ""
+    line: str | None = None
+    layer: str | None = None
+
+
+@dataclass
 class GraphReport:
     """One compiled graph.
 
@@ -92,6 +111,7 @@ class GraphReport:
     fused: int = 0
     sites: list[SiteReport] = field(default_factory=list)
     rejections: list[RejectionReport] = field(default_factory=list)
+    gradients: list[GradientReport] = field(default_factory=list)
     before: str | None = None
     after: str | None = None
     code: str | None = None

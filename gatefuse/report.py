@@ -17,6 +17,7 @@ from gatefuse import page, summary
 from gatefuse.records import (
     Activity,
     DrawnNode,
+    GradientReport,
     GraphReport,
     ModelGates,
     RejectionReport,
@@ -135,6 +136,7 @@ def graph_from_dict(values: Mapping[str, Any]) -> GraphReport:
     for site, of_site in zip(graph.sites, values["sites"]):
         site.before = [DrawnNode(**n) for n in of_site["before"]]
         site.after = [DrawnNode(**n) for n in of_site["after"]]
+    graph.gradients = [GradientReport(**g) for g in values.get("gradients", ())]
     graph.rejections = [RejectionReport(**r) for r in values["rejections"]]
     return graph
 

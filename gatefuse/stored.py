@@ -25,7 +25,7 @@ PREFIX = "gatefuse_graph_"
 
 def identify(entry: GraphReport, graph: Graph) -> str:
     """A name for the graph that is the same in each process."""
-    text = [entry.phase, repr(entry.sites), repr(entry.rejections)]
+    text = [entry.phase, repr(entry.sites), repr(entry.rejections), repr(entry.gradients)]
     text += [f"{n.name} {n.target}" for n in graph.nodes]
     return PREFIX + hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 

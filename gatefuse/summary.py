@@ -8,11 +8,19 @@ from typing import TypeVar
 
 from gatefuse.advice import advice
 from gatefuse.origin import layers_as_text
-from gatefuse.records import Activity, GraphReport, ModelGates, RejectionReport, SiteReport
+from gatefuse.records import (
+    Activity,
+    GradientReport,
+    GraphReport,
+    ModelGates,
+    RejectionReport,
+    SiteReport,
+)
 
 __all__ = [
     "extras",
     "gates_and_fused",
+    "gradients_as_text",
     "grouped",
     "line_of",
     "nothing_compiled",
@@ -113,6 +121,7 @@ def summary(
     if graphs and note:
         lines.append(f"  {note}")
     lines += _fused([s for g in graphs for s in g.sites])
+    lines += _gradients([r for g in graphs for r in g.gradients])
     rejections = [r for g in graphs for r in g.rejections]
     for kind, one, many in (("gate", "gate", "gates"), ("near miss", "near miss", "near misses")):
         alike = [r for r in rejections if r.kind == kind]
@@ -132,6 +141,13 @@ def grouped(found: Iterable[_Found], key: Callable[[_Found], _Key]) -> dict[_Key
     for one in found:
         groups.setdefault(key(one), []).append(one)
     return groups
+
+
+def gradients_as_text(found: GradientReport) -> str:
+    """What became of a gate's gradients, in a line."""
+    named = (("input's", found.input), ("weight's", found.weight))
+    forms = [f"{name}: {form}" for name, form in named if form]
+    return "; ".join([*forms, *([f"({found.reason})"] if found.reason else [])])
 
 
 def line_of(found: SiteReport | RejectionReport) -> tuple[str, str | None]:
@@ -159,6 +175,11 @@ def _fused(sites: list[SiteReport]) -> Iterator[str]:
             layers = layers_as_text([s.layer for s in alike if s.layer])
             yield f"    {_number(len(alike), 'gate')}, {form}{f', in {layers}' if layers else ''}"
             yield f"      {became}"
+
+
+def _gradients(found: list[GradientReport]) -> Iterator[str]:
+    for became, alike in grouped(found, gradients_as_text).items():
+        yield f"  gradients of {_number(len(alike), 'gate')}: {became}"
 
 
 def _form(site: SiteReport) -> str:
@@ -222,6 +243,6 @@ def _first_lines(breaks: dict[str, int]) -> str:
     texts = []
     for reason in list(breaks)[:3]:
         lines = [line.strip() for line in reason.splitlines() if line.strip()]
-        texts.append(" ".join(lines[:2]))
+        texts.append(": ".join(line.removeprefix("Explanation: ") for line in lines[:2]))
     more = f"; and {len(breaks) - 3} more" if len(breaks) > 3 else ""
     return "; ".join(texts) + more

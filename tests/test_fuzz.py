@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gatefuse import ops
+from gatefuse import formulas
 from gatefuse.inductor import fx_utils, rewriter
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.node_order import Order
+from gatefuse.operands import Operands
 from tests.fuzz import steps
 from tests.fuzz.generate import generate
 from tests.fuzz.programs import Case, Line
@@ -124,13 +125,13 @@ def test_programs_written_by_hand_pass() -> None:
 
 
 def test_a_wrong_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = ops._compute
+    compute = formulas.value_and_logit
 
-    def wrong(operands: ops.Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def wrong(operands: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         out, logit = compute(operands, dtype)
         return out * (1 + 2**-18), logit
 
-    monkeypatch.setattr(ops, "_compute", wrong)
+    monkeypatch.setattr(formulas, "value_and_logit", wrong)
     assert "error" in run_case(GATE, "fast").problems[0]
 
 

@@ -68,6 +68,59 @@ BROKEN = {
         "print(gatefuse.explain(Block(), x))",
     ),
 }
+TINY = """
+import torch
+from transformers import CompileConfig, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+import gatefuse
+
+config = Qwen2MoeConfig(
+    num_hidden_layers=2, hidden_size=64, intermediate_size=128, moe_intermediate_size=64,
+    shared_expert_intermediate_size=64, num_experts=4, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=256, pad_token_id=0,
+)
+model = Qwen2MoeForCausalLM(config)
+ids = torch.randint(1, 256, (4, 16))
+"""
+LOOPS = {
+    "`generate` (on the CPU it compiles only if asked by this private switch)": """
+CompileConfig._compile_all_devices = True
+with gatefuse.record() as report:
+    model.eval().generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=4,
+        cache_implementation="static",
+        compile_config=CompileConfig(backend="gatefuse"),
+    )
+print(report)
+""",
+    "transformers' Trainer": """
+from transformers import Trainer, TrainingArguments
+
+gatefuse.enable(expect=2)  # FusionError if a step's graphs have fewer
+data = [{"input_ids": row, "labels": row} for row in ids]
+arguments = TrainingArguments("out", max_steps=3, torch_compile=True, disable_tqdm=True)
+with gatefuse.record() as report:
+    result = Trainer(model, arguments, train_dataset=data).train()
+print(result.global_step, "steps")
+print(report)
+""",
+    "A loop of one's own": """
+step = torch.compile(model, backend="gatefuse")
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+with gatefuse.record() as report:
+    losses = []
+    for _ in range(5):
+        loss = step(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+print("the loss falls:", losses[-1] < losses[0])
+print(report)
+""",
+}
 MISTAKES = {
     "The model is not compiled": """
 with gatefuse.fusing() as report:
@@ -131,6 +184,9 @@ def main() -> None:
     print("## Broken ones\n")
     for title, (body, program) in BROKEN.items():
         script(title, PRELUDE.replace("BODY", body), program)
+    print("## Generating and training\n")
+    for title, program in LOOPS.items():
+        script(title, TINY, program.strip(), ACCELERATE_USE_CPU="1")
     print("## Nothing was fused\n")
     with tempfile.TemporaryDirectory() as cache:
         for title, program in MISTAKES.items():
@@ -149,16 +205,20 @@ def script(title: str, prelude: str, program: str, runs: int = 1, **environment:
         path = Path(folder, "model.py")
         path.write_text(prelude.lstrip() + "\n" + program + "\n")
         for _ in range(runs):
-            text, _ = output([sys.executable, str(path)], **environment)
+            text, _ = output([sys.executable, str(path)], folder, **environment)
     print(f"{title}:\n\n```text\n{program}\n\n{text}\n```\n", flush=True)
 
 
-def output(arguments: list[str], **environment: str) -> tuple[str, float]:
+def output(
+    arguments: list[str], folder: str | Path = ROOT, **environment: str
+) -> tuple[str, float]:
     begin = time.monotonic()
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | environment
-    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        arguments, cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
     text = (done.stdout + (done.stderr if done.returncode else "")).strip()
-    return re.sub(r"(?m)(.{240}).+$", r"\1...", text), time.monotonic() - begin
+    return re.sub(r"(?m)(.{400}).+$", r"\1...", text), time.monotonic() - begin
 
 
 if __name__ == "__main__":

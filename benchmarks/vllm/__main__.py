@@ -6,7 +6,8 @@ Offline engines with dummy weights of the model's shapes: no network, no checkpo
 Each provider is an engine in a process of its own. ``--together`` engines are up at the same time
 and take turns, so drift hits them alike. An engine's speed also differs from start to start: with
 ``--starts`` all are started so many times, and profiled the first time. With ``--gpus 2`` two
-engines that are up together have a GPU each, work at once, and change places at each start.
+engines that are up together have a GPU each, work at once, and change places at each start; with
+``--tensor-parallel 2`` each engine is spread over two GPUs, one process for each rank.
 
 - ``vllm``: vLLM as it is (GATEFUSE_DISABLE=1).
 - ``plugin``: gatefuse's plugin.
@@ -25,6 +26,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -81,6 +83,15 @@ def engine_arguments(model: str, folder: Path, tiny: bool) -> dict[str, Any]:
     return arguments
 
 
+def ranks_of(size: int) -> list[dict[str, str]]:
+    """Variables of each rank's process, as torchrun would set them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(size)]
+
+
 def environment_of(provider: str, site: Path) -> dict[str, str]:
     """Variables of the provider's process and its children. site: has gatefuse's entry points."""
     path = [str(site), str(store.ROOT), os.environ.get("PYTHONPATH", "")]
@@ -121,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--starts", type=int, default=1, help="starts of each engine")
     parser.add_argument("--gpus", type=int, default=1, help="that engines are spread over")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of each engine")
     parser.add_argument("--together", type=int, default=2, help="engines that are up at a time")
     parser.add_argument("--time-budget", type=float, default=560, help="seconds in all")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short workloads")
@@ -153,7 +165,11 @@ def main(argv: list[str] | None = None) -> int:
                 environment["CUDA_VISIBLE_DEVICES"] = str((index + number) % arguments.gpus)
             log = arguments.out / f"{out.stem}-{provider}{f'-{number}' if number else ''}.log"
             options = engine_arguments(arguments.model, place / "model", arguments.tiny)
-            return Remote(provider, options, environment, log, deadline)
+            if (size := arguments.tensor_parallel) == 1:
+                return Remote(provider, options, environment, log, deadline)
+            options |= dict(tensor_parallel_size=size)
+            options["distributed_executor_backend"] = "external_launcher"
+            return Remote(provider, options, environment, log, deadline, ranks_of(size))
 
         deadline = begin + arguments.time_budget
         groups = [

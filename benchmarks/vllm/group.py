@@ -29,7 +29,8 @@ class EngineError(Exception):
 
 
 class Remote:
-    """An engine in another process, which starts with ``environment``."""
+    """An engine in another process, which starts with ``environment``; of tensor-parallel ranks,
+    each in a process of its own that starts with what ``ranks`` has for it as well."""
 
     def __init__(
         self,
@@ -38,24 +39,33 @@ class Remote:
         environment: dict[str, str],
         log: Path,
         deadline: float,
+        ranks: Sequence[dict[str, str]] = ({},),
     ) -> None:
         self.provider, self.log, self.deadline = provider, log, deadline
         context = multiprocessing.get_context("spawn")
-        initial = (environment, log)
-        self._pool = ProcessPool(1, initializer=engine.begin, initargs=initial, context=context)
-        self._answer = self._schedule(engine.start, provider, arguments)
+        initial = [
+            (environment | rank, log.with_suffix(f".{i}.log") if i else log)
+            for i, rank in enumerate(ranks)
+        ]
+        self._pools = [
+            ProcessPool(1, initializer=engine.begin, initargs=args, context=context)
+            for args in initial
+        ]
+        self._answers = self._schedule(engine.start, provider, arguments)
 
-    def _schedule(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+    def _schedule(self, function: Callable[..., Any], *args: Any) -> list[Future[Any]]:
         left = max(1.0, self.deadline + GRACE_S - time.monotonic())
-        return self._pool.schedule(function, args=args, timeout=left)
+        return [pool.schedule(function, args=args, timeout=left) for pool in self._pools]
 
     def ask(self, method: str, workload: Workload) -> None:
         """What is asked is told by :meth:`answer`."""
-        self._answer = self._schedule(engine.ask, method, workload)
+        self._answers = self._schedule(engine.ask, method, workload)
 
     def answer(self) -> Any:
+        """The first rank's, once all have answered."""
         try:
-            return self._answer.result()
+            first, *_ = [answer.result() for answer in self._answers]
+            return first
         except Exception as error:  # TimeoutError: too late; ProcessExpired: the log says why
             raise EngineError(f"{self.provider}: {error!r}") from error
 
@@ -64,8 +74,10 @@ class Remote:
         return re.findall(r"gatefuse: .*", self.log.read_text())
 
     def close(self) -> None:
-        self._pool.stop()
-        self._pool.join()
+        for pool in self._pools:
+            pool.stop()
+        for pool in self._pools:
+            pool.join()
 
 
 def refusal(provider: str, start: dict[str, Any]) -> str | None:

@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from gatefuse import compat, recording, settings, stored
 from gatefuse.inductor.drawn_nodes import drawn_nodes
+from gatefuse.inductor.gradient_rewriter import rewrite_gradients
 from gatefuse.inductor.match_gate import Rejection, Site, find_sites
 from gatefuse.inductor.match_linear import LOGIT_IS_INPUT
 from gatefuse.inductor.rewriter import META_KEY, DifferentResult, Rewriter
@@ -121,7 +122,11 @@ class GateFusionPass(CustomGraphPass):
             entry.before = recording.readable(graph, f"gatefuse before {entry.name}")
         self._rewrite(graph, sites, entry)
         entry.fused = len(entry.sites)
-        if entry.sites or entry.rejections:
+        try:
+            entry.gradients = rewrite_gradients(graph, self.options)
+        except Exception:
+            log.warning("gatefuse: gradients are left as they are", exc_info=True)
+        if entry.sites or entry.rejections or entry.gradients:
             entry.id = stored.identify(entry, graph)
         if keep_text:
             entry.after = recording.readable(graph, f"gatefuse after {entry.name}")

@@ -20,7 +20,7 @@ from gatefuse.inductor.fx_utils import known, roundings, same_shape
 from gatefuse.inductor.match_gate import Site, logit_shape_op, site_dtype
 from gatefuse.settings import Options
 
-__all__ = ["META_KEY", "DifferentResult", "Rewriter"]
+__all__ = ["META_KEY", "DifferentResult", "Rewriter", "check_same", "erase_unused", "insert_call"]
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -81,7 +81,7 @@ class Rewriter:
             stable_topological_sort(self.graph)
         self.graph.lint()
         # The rest of a site goes with what it leads to, or stays because something else uses it.
-        self._erase_unused([n for site in self.sites for n in (site.logit, site.anchor)])
+        erase_unused(self.graph, [n for site in self.sites for n in (site.logit, site.anchor)])
 
     def undo(self) -> None:
         """Put the graph back, after an error before anything was erased."""
@@ -96,19 +96,6 @@ class Rewriter:
             self.graph.erase_node(node)
         del self.new[start:]
 
-    def _erase_unused(self, stack: list[Node]) -> None:
-        """Erase nodes that nobody uses, and what only they needed: views, conversions and the like,
-        no inputs of the graph."""
-        erased = set[Node]()
-        while stack:
-            node = stack.pop()
-            if node.users or node in erased or node.is_impure():
-                continue
-            erased.add(node)
-            sources = node.all_input_nodes
-            self.graph.erase_node(node)
-            stack.extend(sources)
-
     def _now(self, node: Node) -> Node:
         """The node that stands for ``node`` after the rewrites so far."""
         while node in self.replaced:
@@ -116,22 +103,8 @@ class Rewriter:
         return node
 
     def _call(self, site: Site, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A new node with shape metadata, attributed to the source line of the site."""
-        node = self.graph.call_function(target, args, kwargs)
+        node = insert_call(self.graph, site.anchor, target, *args, **kwargs)
         self.new.append(node)
-        for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-            if name in site.anchor.meta:
-                node.meta[name] = site.anchor.meta[name]
-        if isinstance(target, torch._ops.OpOverload):
-            node.meta["original_aten"] = target  # Inductor names its kernels by it
-        mode = getattr(site.anchor.meta["val"], "fake_mode", None)
-        shape_env = getattr(mode, "shape_env", None)
-        with contextlib.ExitStack() as stack:
-            if mode is not None:
-                stack.enter_context(mode)
-            if shape_env is not None:
-                stack.enter_context(shape_env.suppress_guards())
-            node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
         return node
 
     def _insert(self, site: Site) -> tuple[Node, Node, Node | None]:
@@ -167,13 +140,52 @@ class Rewriter:
             assert shape_op is not None
             if shape_op[0] is not aten.alias.default:
                 logit = call(shape_op[0], logit, *shape_op[1])
-            _check_same(logit.meta["val"], site.logit.meta["val"])
+            check_same(logit.meta["val"], site.logit.meta["val"])
         else:
             result = op = call(torch.ops.gatefuse.linear_sigmoid_mul.default, *operands)
         if given != wanted:
             result = call(prims.convert_element_type.default, result, wanted)
-        _check_same(result.meta["val"], site.anchor.meta["val"])
+        check_same(result.meta["val"], site.anchor.meta["val"])
         return op, result, logit
+
+
+def insert_call(graph: Graph, like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new node with shape metadata at the graph's insertion point, attributed to the source line
+    of ``like``."""
+    node = graph.call_function(target, args, kwargs)
+    for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        if name in like.meta:
+            node.meta[name] = like.meta[name]
+    if isinstance(target, torch._ops.OpOverload):
+        node.meta["original_aten"] = target  # Inductor names its kernels by it
+    mode = getattr(like.meta["val"], "fake_mode", None)
+    shape_env = getattr(mode, "shape_env", None)
+    try:
+        with contextlib.ExitStack() as stack:
+            if mode is not None:
+                stack.enter_context(mode)
+            if shape_env is not None:
+                stack.enter_context(shape_env.suppress_guards())
+            values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+            node.meta["val"] = target(*values[0], **values[1])
+    except Exception:
+        graph.erase_node(node)
+        raise
+    return node
+
+
+def erase_unused(graph: Graph, stack: list[Node]) -> None:
+    """Erase nodes that nobody uses, and what only they needed: views, conversions and the like, no
+    inputs of the graph."""
+    erased = set[Node]()
+    while stack:
+        node = stack.pop()
+        if node.users or node in erased or node.is_impure():
+            continue
+        erased.add(node)
+        sources = node.all_input_nodes
+        graph.erase_node(node)
+        stack.extend(sources)
 
 
 def _roundings(site: Site) -> dict[str, tuple[torch.dtype, ...]]:
@@ -193,8 +205,9 @@ class DifferentResult(Exception):
     """The op's result cannot be shown to look like what it would replace."""
 
 
-def _check_same(new: torch.Tensor, old: torch.Tensor) -> None:
-    """Raise unless dtype, shape and (where a size is not 1) strides of the two are equal."""
+def check_same(new: torch.Tensor, old: torch.Tensor) -> None:
+    """Raise :class:`DifferentResult` unless dtype, shape and (where a size is not 1) strides of the
+    two are equal."""
     if new.dtype != old.dtype:
         raise DifferentResult(f"the op would return {new.dtype}, not {old.dtype}")
     if not same_shape(new.shape, old.shape):

@@ -1,0 +1,206 @@
+"""The gradients of a gate in the graph of a backward: rewritten on a GPU, right, and told of.
+
+On the CPU Inductor's own stay, so the tests that compute with rewritten ones ask for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import gatefuse
+from gatefuse.inductor import gradient_rewriter
+from gatefuse.records import GradientReport
+from tests.support.cuda_rewrites import emulate_coordinate_descent
+from tests.support.graphs import capture_post_grad
+
+aten = torch.ops.aten
+BF16 = torch.bfloat16
+
+
+class Gate(nn.Module):
+    """A gate whose input another linear reads too, so that its gradient is a sum."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 1, bias=bias)
+        self.other = nn.Linear(32, 24)
+
+    def forward(self, x: Tensor, routed: Tensor) -> Tensor:
+        return F.sigmoid(self.gate(x)) * self.other(x) + routed
+
+
+class Checkpointed(Gate):
+    def forward(self, x: Tensor, routed: Tensor) -> Tensor:
+        inside = super().forward
+        out: Any = checkpoint(lambda x, r: inside(x, r).square(), x, routed, use_reentrant=False)
+        return out
+
+
+def run(
+    model: nn.Module,
+    lead: tuple[int, ...],
+    *,
+    forced: bool = True,
+    tuning: bool = False,
+    dynamic: bool | None = False,
+    **options: Any,
+) -> list[GradientReport]:
+    """Gradients within the tolerance of the compiled model, and what is said of them."""
+    dtype = model.gate.weight.dtype
+    x, routed = torch.randn(*lead, 32), torch.randn(*lead, 24)
+    seed = torch.randn(*lead, 24)
+    leaves = [t.to(dtype).requires_grad_() for t in (x, routed)]
+
+    def gradients(function: Any, model: nn.Module, leaves: list[Tensor]) -> list[Tensor]:
+        out = function(*leaves)
+        wanted = [*leaves, *(p for p in model.parameters() if p.requires_grad)]
+        return list(torch.autograd.grad(out, wanted, seed.to(out.dtype)))
+
+    torch._dynamo.reset()
+    keep = gradient_rewriter.reason_to_keep_gradients
+    # The rewrite is that of a GPU, for which all else has to be right too.
+    as_on_a_gpu = mock.patch.object(
+        gradient_rewriter,
+        "reason_to_keep_gradients",
+        lambda *args: None if (reason := keep(*args)) and "CPU" in reason else reason,
+    )
+    with contextlib.ExitStack() as stack:
+        if forced:
+            stack.enter_context(as_on_a_gpu)
+        if tuning:
+            stack.enter_context(emulate_coordinate_descent())
+        report = stack.enter_context(gatefuse.fusing(**options))
+        with torch._inductor.config.patch(force_disable_caches=True):
+            got = gradients(torch.compile(model, dynamic=dynamic), model, leaves)
+    exact = copy.deepcopy(model).double()
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    eager, reference = gradients(model, model, leaves), gradients(exact, exact, wide)
+    for g, e, r in zip(got, eager, reference, strict=True):
+        eps = torch.finfo(dtype).eps * r.abs()
+        error, allowed = (g.double() - r).abs(), (e.double() - r).abs()
+        assert (g.dtype, g.stride()) == (e.dtype, e.stride())
+        assert error.norm() <= 2 * allowed.norm() + eps.norm()
+        assert error.max() <= 2 * allowed.max() + eps.max()
+    assert sum(g.fused for g in report.graphs if g.phase == "forward") == 1
+    return [g for graph in report.graphs for g in graph.gradients]
+
+
+def columns(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """Matrix products of a column, which is the input's gradient by the library."""
+    products = [*graph.find_nodes(op="call_function", target=aten.mm.default)]
+    products += graph.find_nodes(op="call_function", target=aten.addmm.default)
+    return [n for n in products if n.args[-2].meta["val"].shape[1] == 1]
+
+
+PRODUCT, LIBRARY = "an elementwise product, which Inductor fuses", "a matrix product"
+
+
+@pytest.mark.parametrize(
+    "lead, dtype, bias, options",
+    [
+        ((20,), torch.float32, True, {}),
+        ((4, 5), BF16, False, {}),
+        ((1,), torch.float32, False, {}),
+        ((6,), torch.float32, False, {"dynamic": True}),
+    ],
+)
+def test_the_inputs_gradient_is_an_elementwise_product(lead, dtype, bias, options):
+    (found,) = run(Gate(bias).to(dtype), lead, **options)
+    assert found.input == PRODUCT
+    assert found.weight == (LIBRARY if lead != (1,) else None)
+    assert found.rewritten == (1 if lead != (1,) else 2)
+    assert not found.reason
+    assert found.location.startswith("test_backward_graph.py:")
+
+
+def test_a_sum_over_rows_is_a_matrix_product_again():
+    (found,) = run(Gate().to(BF16), (20,), tuning=True)
+    assert (found.input, found.weight) == (PRODUCT, f"{LIBRARY}, which was a sum")
+    (found,) = run(Gate(), (20,), tuning=True)
+    assert (found.input, found.weight) == (PRODUCT, "a sum over rows")
+    assert found.reason == "a sum in float32 is no product of 16-bit elements"
+    (found,) = run(Gate().to(BF16), (20,), tuning=True, batch_invariant=True)
+    assert "may depend on the number of rows" in found.reason
+
+
+def test_recomputed_in_the_backward():
+    (found,) = run(Checkpointed(), (20,))
+    assert (found.input, found.weight, found.reason) == (PRODUCT, LIBRARY, "")
+
+
+def test_of_frozen_parameters_nothing_is_computed():
+    model = Gate()
+    model.gate.requires_grad_(False)
+    (found,) = run(model, (20,))
+    assert (found.input, found.weight) == (PRODUCT, None)
+
+
+def test_left_alone():
+    (found,) = run(Gate(), (20,), forced=False)
+    assert (found.rewritten, found.reason) == (0, "on the CPU Inductor's own are not slower")
+    (found,) = run(Gate(), (20,), eager_rounding=True)
+    assert (found.rewritten, found.reason) == (0, "eager rounding was asked for")
+
+
+def test_of_other_sigmoids_nothing_is_said():
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(32, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.sigmoid(self.gate(x))
+
+    with gatefuse.fusing() as report:
+        torch.compile(Router())(torch.randn(5, 32, requires_grad=True)).sum().backward()
+    assert not [g for graph in report.graphs for g in graph.gradients]
+
+
+def test_in_the_graph():
+    """No library product of a column is left; inputs, outputs and their layout are the same."""
+    with capture_post_grad() as graphs, torch._inductor.config.patch(force_disable_caches=True):
+        out = torch.compile(Gate(), dynamic=False)(torch.randn(9, 32, requires_grad=True), 1.0)
+        out.sum().backward()
+    graph = graphs[1]
+    assert len(columns(graph)) == 1
+    before = [
+        (n.meta["val"].shape, n.meta["val"].stride()) for n in graph.output_node().args[0] if n
+    ]
+    keep = mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", lambda *_: None)
+    with keep:
+        gradient_rewriter.rewrite_gradients(graph, gatefuse.Options())
+    graph.lint()
+    assert not columns(graph)
+    after = [
+        (n.meta["val"].shape, n.meta["val"].stride()) for n in graph.output_node().args[0] if n
+    ]
+    assert after == before
+    # Seen again, there is nothing left to do.
+    with keep:
+        (again,) = gradient_rewriter.rewrite_gradients(graph, gatefuse.Options())
+    assert (again.rewritten, again.input) == (0, "elementwise")
+
+
+def test_an_error_leaves_the_graph_as_it_was():
+    with capture_post_grad() as graphs, torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(Gate(), dynamic=False)(
+            torch.randn(9, 32, requires_grad=True), 1.0
+        ).sum().backward()
+    graph = graphs[1]
+    before = str(graph)
+    with (
+        mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", lambda *_: None),
+        mock.patch.object(gradient_rewriter, "check_same", side_effect=ValueError("not the same")),
+    ):
+        for found in gradient_rewriter.rewrite_gradients(graph, gatefuse.Options()):
+            assert found.rewritten == 0
+    assert str(graph) == before
