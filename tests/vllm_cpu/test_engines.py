@@ -33,10 +33,10 @@ def unfused_engine(run: Run, model: str) -> Engine:
     return run(model, "pass alone", NO_CACHES | ALONE, compilation_config=config)
 
 
-def plain_engine(run: Run) -> Engine:
+def plain_engine(run: Run, place: Path) -> Engine:
     """Without anything of gatefuse's, beside the caches of an engine with it."""
     fused_engine(run, "qwen2_moe")
-    return run("qwen2_moe", "plain", ALONE, caches="shared")
+    return run("qwen2_moe", "plain", ALONE, caches="shared", reload=other_weights(place))
 
 
 @models
@@ -125,11 +125,11 @@ def test_expect_with_a_warm_cache(run: Run) -> None:
     assert "expected at least 3 fused gates in the engine, fused 2" in failed.log
 
 
-def test_turned_off_is_untouched(run: Run) -> None:
+def test_turned_off_is_untouched(run: Run, place: Path) -> None:
     """GATEFUSE_DISABLE=1 gives the graphs and the hash of a vLLM that never saw the plugin; neither
     takes fused code from a cache."""
     off = run("qwen2_moe", "off", {"GATEFUSE_DISABLE": "1"}, caches="off")
-    plain = plain_engine(run)
+    plain = plain_engine(run, place)
     for what in ("traced", "graphs", "hash", "tokens"):
         assert off.result[what] == plain.result[what], what
     assert off.result["graphs"]
@@ -151,31 +151,35 @@ def test_mode_2(run: Run, reference: Reference) -> None:
     assert_near(stock.logprobs - expected, unfused.logprobs - expected)
 
 
-def behind_engine(run: Run, place: Path) -> Engine:
-    """With another pass, and other weights loaded afterwards, then the first ones again."""
+def other_weights(place: Path) -> list[str]:
+    """Folders of the model with gates of other weights, and of the model itself."""
     other = place / "models" / "other gates"
     if not other.exists():
         tiny.build(other, "qwen2_moe", gates=-2.0)
+    return [str(other), str(other.with_name("qwen2_moe"))]
+
+
+def behind_engine(run: Run, place: Path) -> Engine:
+    """With another pass, and rounded as vLLM's own code is."""
     return run(
         "qwen2_moe",
         "behind",
         {"GATEFUSE_EAGER_ROUNDING": "1"} | NO_CACHES,
         compilation_config={"mode": 3, "hook": "own"},
-        reload=[str(other), str(place / "models" / "qwen2_moe")],
+        reload=other_weights(place),
     )
 
 
-def test_weights_are_loaded_anew(run: Run, place: Path, reference: Reference) -> None:
-    """The compiled code takes the gates' new weights."""
-    engine = behind_engine(run, place)
-    changed, back = engine.result["reloaded"]
-    assert torch.equal(back, engine.logprobs)
-    expected = torch.cat(of_prompts(reference, "other gates", engine))
-    unfused = unfused_engine(run, "qwen2_moe")
-    before = torch.cat(of_prompts(reference, "qwen2_moe", engine))
-    assert_near(changed - expected, unfused.logprobs - before)
+def test_weights_are_loaded_anew(run: Run, place: Path) -> None:
+    """The compiled code takes new weights of the gates. On the CPU vLLM itself computes something
+    else after loading the same weights anew, so an engine without the plugin is the measure."""
+    fused, plain = behind_engine(run, place), plain_engine(run, place)
     norm = torch.linalg.vector_norm
-    assert norm(expected - before) > 4 * norm(changed - expected), "the gates matter"
+    rounding = norm(fused.logprobs - plain.logprobs)
+    for mine, theirs in zip(fused.result["reloaded"], plain.result["reloaded"], strict=True):
+        assert norm(mine - theirs) <= 2 * rounding
+    changed, back = plain.result["reloaded"]
+    assert norm(changed - back) > 20 * rounding, "the gates matter"
 
 
 def test_behind_the_users_own_pass(run: Run, place: Path) -> None:
@@ -187,7 +191,7 @@ def test_behind_the_users_own_pass(run: Run, place: Path) -> None:
     assert len(seen) == len(behind.result["graphs"])
     assert not any("gatefuse" in graph for graph in seen)
     # Rounded as unfused code rounds: nearer to it than one rounding at the end is.
-    plain, fused = plain_engine(run).logprobs, fused_engine(run, "qwen2_moe").logprobs
+    plain, fused = plain_engine(run, place).logprobs, fused_engine(run, "qwen2_moe").logprobs
     norm = torch.linalg.vector_norm
     assert norm(behind.logprobs - plain) <= norm(fused - plain)
 
@@ -203,7 +207,7 @@ def test_transformers_backend(run: Run, reference: Reference) -> None:
     assert_near(fused.logprobs - expected, unfused.logprobs - expected)
 
 
-def test_tensor_parallel(run: Run, reference: Reference) -> None:
+def test_tensor_parallel(run: Run, place: Path, reference: Reference) -> None:
     """Two ranks, which are processes of their own. Fused or not, two ranks sum in another order
     than one: fused, they may differ by twice of what they differ by unfused, from one rank and from
     the reference."""
@@ -215,7 +219,7 @@ def test_tensor_parallel(run: Run, reference: Reference) -> None:
     unfused = run("qwen2_moe", "two ranks, plain", two_ranks | ALONE, tensor_parallel_size=2)
     assert fused.lines == [line(2)]
     assert not unfused.lines
-    one_fused, one_unfused = fused_engine(run, "qwen2_moe"), plain_engine(run)
+    one_fused, one_unfused = fused_engine(run, "qwen2_moe"), plain_engine(run, place)
     assert_near(fused.logprobs - one_fused.logprobs, unfused.logprobs - one_unfused.logprobs)
     expected = torch.cat(of_prompts(reference, "qwen2_moe", unfused))
     assert_near(fused.logprobs - expected, unfused.logprobs - expected)
