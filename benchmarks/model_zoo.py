@@ -1,13 +1,16 @@
 """What the laboratory measures: single modules of transformers at their real widths, with random
-weights, and configurations of models for engines of vLLM."""
+weights, and published configurations for engines of vLLM."""
 
 from __future__ import annotations
 
 import importlib
+import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.store import ROOT
 
 
 def modeling_of(name: str) -> Any:
@@ -63,36 +66,23 @@ def module(
     return made.to(torch.bfloat16).eval(), (hidden, cos, sin)
 
 
-_ENGINE: dict[str, Any] = (
-    dict(torch_dtype="bfloat16", vocab_size=151936, hidden_size=2048, num_attention_heads=16)
-    | dict(decoder_sparse_step=1, mlp_only_layers=[], hidden_act="silu", rms_norm_eps=1e-6)
-    | dict(max_position_embeddings=16384, tie_word_embeddings=False)
-    | dict(bos_token_id=1, eos_token_id=2)
-)
-ENGINE_MODELS: dict[str, dict[str, Any]] = {
-    # Qwen/Qwen1.5-MoE-A2.7B: 29 GB
-    "qwen2_moe": _ENGINE
-    | dict(architectures=["Qwen2MoeForCausalLM"], model_type="qwen2_moe", num_hidden_layers=24)
-    | dict(num_key_value_heads=16, intermediate_size=5632, moe_intermediate_size=1408)
-    | dict(shared_expert_intermediate_size=5632, num_experts=60, num_experts_per_tok=4)
-    | dict(norm_topk_prob=False, rope_theta=1e6),
-    # Qwen/Qwen3-Next-80B-A3B: 12 of its 48 layers have 39 GB
-    "qwen3_next": _ENGINE
-    | dict(architectures=["Qwen3NextForCausalLM"], model_type="qwen3_next", num_hidden_layers=12)
-    | dict(num_key_value_heads=2, head_dim=256, intermediate_size=5120, moe_intermediate_size=512)
-    | dict(shared_expert_intermediate_size=512, num_experts=512, num_experts_per_tok=10)
-    | dict(norm_topk_prob=True, full_attention_interval=4, partial_rotary_factor=0.25)
-    | dict(linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_value_head_dim=128)
-    | dict(linear_num_key_heads=16, linear_num_value_heads=32, rope_theta=1e7),
-}
-# Qwen/Qwen3-Next-80B-A3B-Instruct-FP8: 24 of its 48 layers have 41 GB
+CONFIGS = ROOT / "examples" / "configs"
+# Qwen3-Next in bfloat16: 12 of its 48 layers have 39 GB; in block FP8 24 have 41 GB.
+_NEXT = dict(rope_theta=1e7, partial_rotary_factor=0.25, bos_token_id=1, eos_token_id=2)
 _BF16 = ("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba", "linear_attn.conv1d")
 _KEPT = [f"model.layers.{i}.{part}" for i in range(48) for part in _BF16]
-ENGINE_MODELS["qwen3_next_fp8"] = ENGINE_MODELS["qwen3_next"] | dict(
-    num_hidden_layers=24,
-    quantization_config=dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic")
-    | dict(weight_block_size=[128, 128], modules_to_not_convert=["lm_head", *_KEPT]),
+_FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic") | dict(
+    weight_block_size=[128, 128], modules_to_not_convert=["lm_head", *_KEPT]
 )
+ENGINE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe": ("qwen1.5-moe-a2.7b", {}),
+    "qwen3_next": ("qwen3-next-80b-a3b", _NEXT | dict(num_hidden_layers=12)),
+    "qwen3_next_fp8": (
+        "qwen3-next-80b-a3b",
+        _NEXT | dict(num_hidden_layers=24, quantization_config=_FP8),
+    ),
+}
+"""File of CONFIGS, and what the engines have instead."""
 _ENGINE_TINY: dict[str, Any] = (
     dict(num_hidden_layers=4, vocab_size=512, hidden_size=128, head_dim=32)
     | dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=256)
@@ -104,5 +94,7 @@ _ENGINE_TINY: dict[str, Any] = (
 
 def engine_config(name: str, layers: int | None = None, tiny: bool = False) -> dict[str, Any]:
     """The content of a model's config.json; layers: another number of them."""
-    config = ENGINE_MODELS[name] | (_ENGINE_TINY if tiny else {})
+    file, other = ENGINE_MODELS[name]
+    published = json.loads((CONFIGS / f"{file}.json").read_text())
+    config: dict[str, Any] = published | other | (_ENGINE_TINY if tiny else {})
     return config | ({"num_hidden_layers": layers} if layers else {})

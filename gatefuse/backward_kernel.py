@@ -34,7 +34,7 @@ __all__ = [
 WIDEST = 8192
 """Widest row, in elements, that the kernel keeps in registers; it serves no wider one."""
 
-SUM_ROWS, SUM_COLUMNS = 64, 32
+SUM_ROWS, SUM_COLUMNS = 64, 16
 """Block of the sum over the programs' parts."""
 
 
@@ -44,6 +44,13 @@ class BackwardConfig(NamedTuple):
     rows: int
     num_warps: int
     per_sm: int
+
+
+@triton.jit
+def _load_rows(ptr, row, columns, N, WIDTH: tl.constexpr, stride):
+    """Whole rows, and zeros beyond them."""
+    inside = (row < N) & (columns < WIDTH)
+    return tl.load(ptr + row * stride + columns, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -70,6 +77,8 @@ def linear_sigmoid_mul_backward_kernel(
     ROWS: tl.constexpr,
 ):
     """``ROWS`` rows in a step, whole and in registers; a program's steps are ``programs`` apart."""
+    # The next rows are loaded before these are computed with, where there are three of each.
+    PREFETCH: tl.constexpr = value_ptr is not None and input_ptr is not None
     program = tl.program_id(0)
     r = tl.arange(0, ROWS)[:, None]
     h = tl.arange(0, BLOCK_H)[None, :]
@@ -81,38 +90,52 @@ def linear_sigmoid_mul_backward_kernel(
     if bias_parts_ptr is not None:
         bias_sum = tl.zeros([ROWS, 1], dtype=tl.float32)
 
+    if PREFETCH:
+        row = (program * ROWS + r).to(tl.int64)
+        grad = _load_rows(grad_ptr, row, d, N, D, grad_stride)
+        value = _load_rows(value_ptr, row, d, N, D, value_stride)
+        x = _load_rows(input_ptr, row, h, N, H, input_stride)
     for first in range(program * ROWS, N, programs * ROWS):
         row = (first + r).to(tl.int64)  # N * H may exceed 2**31
         inside = row < N
         inside_d = inside & (d < D)
         inside_h = inside & (h < H)
-        grad = tl.load(grad_ptr + row * grad_stride + d, mask=inside_d, other=0.0).to(tl.float32)
-        if value_ptr is not None:
-            value = tl.load(value_ptr + row * value_stride + d, mask=inside_d, other=0.0)
-        if input_ptr is not None:
-            x = tl.load(input_ptr + row * input_stride + h, mask=inside_h, other=0.0)
-            x = x.to(tl.float32)
+        if PREFETCH:
+            next_row = row + programs * ROWS
+            next_grad = _load_rows(grad_ptr, next_row, d, N, D, grad_stride)
+            next_value = _load_rows(value_ptr, next_row, d, N, D, value_stride)
+            next_x = _load_rows(input_ptr, next_row, h, N, H, input_stride)
+        else:
+            grad = _load_rows(grad_ptr, row, d, N, D, grad_stride)
+            if value_ptr is not None:
+                value = _load_rows(value_ptr, row, d, N, D, value_stride)
+            if input_ptr is not None:
+                x = _load_rows(input_ptr, row, h, N, H, input_stride)
         if logit_ptr is not None:
             logit = tl.load(logit_ptr + row, mask=inside, other=0.0).to(tl.float32)
         else:
-            logit = tl.sum(x * weight.to(tl.float32), axis=1, keep_dims=True)
+            logit = tl.sum(x.to(tl.float32) * weight.to(tl.float32), axis=1, keep_dims=True)
             if bias_ptr is not None:
                 logit += tl.load(bias_ptr).to(tl.float32)
         gate = tl.sigmoid(logit)
         if grad_value_ptr is not None:
-            grad_value = (gate * grad).to(grad_value_ptr.dtype.element_ty)
+            grad_value = (gate * grad.to(tl.float32)).to(grad_value_ptr.dtype.element_ty)
             tl.store(grad_value_ptr + row * D + d, grad_value, mask=inside_d)
         if value_ptr is not None:
-            dot = tl.sum(grad * value.to(tl.float32), axis=1, keep_dims=True)
+            dot = tl.sum(grad.to(tl.float32) * value.to(tl.float32), axis=1, keep_dims=True)
             grad_logit = dot * gate * (1 - gate)
             if grad_input_ptr is not None:
                 grad_input = grad_logit * weight.to(tl.float32)
                 grad_input = grad_input.to(grad_input_ptr.dtype.element_ty)
                 tl.store(grad_input_ptr + row * H + h, grad_input, mask=inside_h)
             if weight_parts_ptr is not None:
-                weight_sum += grad_logit * x
+                weight_sum += grad_logit * x.to(tl.float32)
             if bias_parts_ptr is not None:
                 bias_sum += grad_logit
+        if PREFETCH:
+            grad = next_grad
+            value = next_value
+            x = next_x
 
     if weight_parts_ptr is not None:
         h = tl.arange(0, BLOCK_H)
@@ -155,11 +178,14 @@ def add_parts_kernel(
 
 def backward_config(h: int, d: int) -> BackwardConfig:
     """Launch rule for rows of ``h`` elements of input and ``d`` of value. The number of rows has no
-    say in how a row is computed, so that its gradients do not depend on the others'."""
+    say in how a row is computed, so that its gradients do not depend on the others'.
+
+    Measured on an H200 in bfloat16 at widths of 2048 and 4096 and 256 to 65536 rows.
+    """
     widest = max(h, d)
-    if widest <= 1024:
-        return BackwardConfig(4, 4, 4)
-    return BackwardConfig(1, 8 if widest <= 4096 else 16, 4 if widest <= 4096 else 2)
+    if widest <= 4096:
+        return BackwardConfig(2 if widest > 1024 else 4, 8, 2)
+    return BackwardConfig(1, 16, 1)
 
 
 def programs(rows: int | None, config: BackwardConfig, multiprocessors: int) -> int:

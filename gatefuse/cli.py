@@ -62,7 +62,8 @@ def _bench(args: argparse.Namespace) -> int:
         from gatefuse.bench import run
 
         device = run.device_of(args.device)
-        path, code = run.run(device, args.out, args.time_budget, args.quick, header)
+        training = args.what == "training"
+        path, code = run.run(device, args.out, args.time_budget, args.quick, header, training)
     except BenchError as error:
         print(f"gatefuse: {error}", file=sys.stderr)
         return 2
@@ -148,6 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="check and time gatefuse against Inductor on this machine, in two minutes",
+    )
+    bench.add_argument(
+        "what",
+        nargs="?",
+        choices=("inference", "training"),
+        default="inference",
+        help="training: forward and backward",
     )
     bench.add_argument("--out", type=Path, default=Path("gatefuse-bench"), metavar="DIR")
     bench.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")

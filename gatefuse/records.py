@@ -79,8 +79,8 @@ class RejectionReport:
 class GradientReport:
     """What became of the gradients of one gate, in the graph of a backward.
 
-    input, weight: in what form those two are computed, None where they are not. rewritten: how many
-    of them in another form than Inductor had them. reason: why not, or not all.
+    input, weight: in what form those two are computed, None where they are not. rewritten: in how
+    many places the first is in another form than Inductor had it. reason: why it is not.
     """
 
     node: str

@@ -109,7 +109,7 @@ def test_errors_leave_the_model_unfused_or_unseen(
 ) -> None:
     where, name = {
         "matcher": (fusion_pass, "find_sites"),
-        "op": (rewriter, "_check_same"),
+        "op": (rewriter, "check_same"),
         "text": (torch.fx.GraphModule, "print_readable"),
     }[broken]
     graph = post_grad_graph(linear, make_inputs(linear))

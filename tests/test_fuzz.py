@@ -151,7 +151,7 @@ def test_errors_of_the_pass_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(rewriter, "_check_same", broken)
+    monkeypatch.setattr(rewriter, "check_same", broken)
     assert "broken" in run_case(GATE, "fast").problems[0]
 
 

@@ -26,7 +26,7 @@ import gatefuse
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.fx_utils import widens
 from gatefuse.inductor.match_gate import find_sites
-from gatefuse.inductor.rewriter import DifferentResult, _check_same
+from gatefuse.inductor.rewriter import DifferentResult, check_same
 from tests.support.guards import BF16, SHAPES, Guard, gate
 
 aten = torch.ops.aten
@@ -141,7 +141,7 @@ DIFFERENT = {
 def test_what_the_op_may_return(case: tuple[Tensor, Tensor, bool]) -> None:
     new, old, same = case
     with contextlib.nullcontext() if same else pytest.raises(DifferentResult):
-        _check_same(new, old)
+        check_same(new, old)
 
 
 @pytest.mark.parametrize("placement", ["auto", "inline"])

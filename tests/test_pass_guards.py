@@ -151,7 +151,7 @@ def test_a_site_that_cannot_be_rewritten(
         raise error
 
     monkeypatch.setattr(Rewriter, "rewrite", rewriting)
-    monkeypatch.setattr(rewriter, "_check_same", fail)
+    monkeypatch.setattr(rewriter, "check_same", fail)
     graph = one_gate(fn)
     before = str(graph)
     report = run(graph)

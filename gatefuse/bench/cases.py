@@ -10,6 +10,14 @@ WORKLOADS = ("mul", "add", "glue")
 NO_GATE = "_nogate"
 """Suffix of the workload that lacks the gate and is otherwise the same."""
 
+TRAINING = "-training"
+"""Suffix of the workload with its backward: the gradients of its inputs and weights."""
+
+LEAST_TRAFFIC = {"mul" + TRAINING: 8 / 3, "add" + TRAINING: 9 / 3}
+"""The least bytes of a forward and backward, in those of the sum that is their roofline. Of N rows
+of H elements: three or four in the forward; five in the backward, which reads the value, the
+result's gradient and the input once more, and writes the gradients of value and input."""
+
 DRAWS = 3
 """Compiles of a provider in a mode that tunes: two compiles of one program differ by 20 % and more,
 now and then by a factor of two. A user gets one of them, so their mean counts."""
@@ -51,7 +59,7 @@ def providers_of(workload: str, modes: Iterable[str], static: bool, device: str)
     control: it must leave the graph alone, and its time against Inductor's shows the noise."""
     gated, gpu = not workload.endswith(NO_GATE), device != "cpu"
     providers = [Provider(workload, "eager")]
-    if workload in ("mul", "add"):
+    if workload.removesuffix(TRAINING) in ("mul", "add"):
         providers.append(Provider(workload, "roofline"))
         providers += [Provider(workload, "op")] if static else []
     for mode in modes:
@@ -61,7 +69,8 @@ def providers_of(workload: str, modes: Iterable[str], static: bool, device: str)
             if gated or mode == "default":
                 pair.append(Provider(workload, "gatefuse-auto", mode, draw))
             providers += pair[::-1] if draw % 2 else pair
-        if gated and mode == "default" and static and gpu:
+        forced = gated and not workload.endswith(TRAINING)
+        if forced and mode == "default" and static and gpu:
             providers += [Provider(workload, f"gatefuse-{p}", mode) for p in ("inline", "kernel")]
     return providers
 
@@ -89,7 +98,7 @@ class Case:
     @property
     def workloads(self) -> tuple[str, ...]:
         """What is measured together, so that the gate's cost is a difference within one run."""
-        glue = self.workload.startswith("glue")
+        glue = self.workload.startswith("glue") and not self.workload.endswith(TRAINING)
         return (self.workload, self.workload + NO_GATE) if glue else (self.workload,)
 
     def providers(self) -> list[Provider]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 import gatefuse
-from gatefuse.bench.cases import Case, Provider
+from gatefuse.bench.cases import TRAINING, Case, Provider
 from gatefuse.bench.timing import Replay, interleaved, plan
 from gatefuse.bench.workloads import WORKLOADS, InputSet, bytes_of, call, make_set
 
@@ -45,7 +45,10 @@ def function_of(provider: Provider, dynamic: bool | None = False) -> Function:
         return lambda module, *inputs: getattr(module, provider.name)(*inputs)
     function = with_own_code(call, f"call_{provider.draw}")
     options = inductor_options(provider.name, provider.mode)
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
+    if provider.workload.endswith(TRAINING):
+        return lambda module, *inputs: module.step(compiled, *inputs)
+    return compiled
 
 
 def with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -155,6 +158,15 @@ def norms(t: Tensor) -> tuple[float, float]:
     return float(t.square().mean().sqrt()), float(t.abs().max())
 
 
+def peak_bytes(call_set: Callable[[int], Any]) -> int:
+    """Most bytes of the device that a call has allocated at a time, its outputs included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call_set(-1)
+    return torch.cuda.max_memory_allocated() - before
+
+
 def time_providers(
     runs: list[Running],
     N: int,
@@ -201,6 +213,8 @@ def time_providers(
                 poison += [y.fill_(math.nan) for y in first]
                 del first, poison
                 check(call_set(-1))
+                if device == "cuda":
+                    run.facts["peak_bytes"] = peak_bytes(call_set)
                 # The op loads a weight early only after a first launch has waited for it.
                 for i in range(len(rotation) if provider.name == "op" else 2):
                     call_set(i)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gatefuse.bench.cases import NO_GATE, WORKLOADS, BenchError, Case
+from gatefuse.bench.cases import LEAST_TRAFFIC, NO_GATE, TRAINING, WORKLOADS, BenchError, Case
 from gatefuse.bench.measure import Row, compile_case, time_providers
 
 SIZES = {"cuda": ((16, 1024, 8192), "bfloat16"), "cpu": ((1, 256), "float32")}
@@ -38,13 +38,21 @@ def rounds_of(device: str, quick: bool) -> int:
     return 3 if quick else 25 if device == "cuda" else 50
 
 
-def run(device: str, out: Path, time_budget: float, quick: bool, header: Row) -> tuple[Path, int]:
+def run(
+    device: str,
+    out: Path,
+    time_budget: float,
+    quick: bool,
+    header: Row,
+    training: bool = False,
+) -> tuple[Path, int]:
     """Measure and write until ``time_budget`` seconds are over, and print the table. Returns the
     file, and 1 if a provider failed, 2 if the time was over before all was measured, or 0. Raises
     BenchError if nothing can be written to ``out``."""
     begin, longest = time.monotonic(), 0.0
     rows, dtype = SIZES[device]
-    sizes = [(N, workload) for N in ((2,) if quick else rows) for workload in WORKLOADS]
+    workloads = [name + TRAINING for name in WORKLOADS] if training else WORKLOADS
+    sizes = [(N, workload) for N in ((2,) if quick else rows) for workload in workloads]
     width = 128 if quick else 2048
     cases = [Case(workload, width, (N,), dtype=dtype, device=device) for N, workload in sizes]
     now = datetime.datetime.now(datetime.UTC)
@@ -133,7 +141,7 @@ def table(rows: list[Row], compared: bool = True) -> str:
         line = TIMES.format(f"{workload} H={H} N={N} {dtype}", str(theirs), str(ours))
         if compared:
             speedup = _compared(theirs, ours, f"{theirs.us / ours.us:.2f}x")
-            floor = us.get("roofline", FAILED).us / ours.us * 100
+            floor = us.get("roofline", FAILED).us / ours.us * 100 * LEAST_TRAFFIC.get(workload, 1)
             share = "" if math.isnan(floor) else f"{floor:.0f}"
             plain = times.get((workload + NO_GATE, H, N, dtype), {}).get("inductor")
             without = _time(plain) if plain else None

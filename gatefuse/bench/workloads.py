@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatefuse
-from gatefuse.bench.cases import NO_GATE
+from gatefuse.bench.cases import NO_GATE, TRAINING
 
 EXPERTS = 64  # rows of the router
 
@@ -36,6 +36,7 @@ class Gate(nn.Module):
     """``sigmoid(x @ w.T) * v``, with ``add`` plus the routed experts' output."""
 
     kernels = 1  # the least number of launches anything could do it in
+    trained = 2  # inputs with a gradient; that of the routed add is the result's
 
     def __init__(self, H: int, add: bool = False) -> None:
         super().__init__()
@@ -64,6 +65,7 @@ class Glue(nn.Module):
 
     inputs = 3
     kernels = 3  # norm, router, add and norm
+    trained = 3
 
     def __init__(self, H: int, gated: bool = True) -> None:
         super().__init__()
@@ -84,12 +86,56 @@ class Glue(nn.Module):
         return logits, res, self.norm_out(res)
 
 
+class Training(nn.Module):
+    """A workload with its backward. Inputs: the workload's, and a gradient of each of its outputs;
+    outputs: the workload's, and the gradients of inputs and weights."""
+
+    def __init__(self, workload: Any) -> None:
+        super().__init__()
+        self.workload = workload
+        self.kernels = 2 * workload.kernels
+        self.inputs = workload.inputs
+
+    def step(self, function: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Forward by ``function`` and backward."""
+        number, trained = self.workload.inputs, self.workload.trained
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in inputs[:trained]]
+            outputs = function(self.workload, *leaves, *inputs[trained:number])
+            wanted = [*leaves, *self.workload.parameters()]
+            gradients = torch.autograd.grad(outputs, wanted, inputs[number:])
+        return tuple(t.detach() for t in (*outputs, *gradients))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.step(call, *inputs)
+
+    def roofline(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """A sum of two tensors, which moves three."""
+        return (torch.add(*inputs[:2]),)
+
+    def op(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The same through :func:`gatefuse.linear_sigmoid_mul`."""
+        return self.step(lambda module, *tensors: module.op(*tensors), *inputs)
+
+
+def call(module: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """What is compiled: one code object for all modules, so that weights can be rotated."""
+    return module(*inputs)
+
+
 WORKLOADS: dict[str, Callable[[int], Any]] = {
     "mul": Gate,
     "add": functools.partial(Gate, add=True),
     "glue": Glue,
     "glue" + NO_GATE: functools.partial(Glue, gated=False),
 }
+
+
+def _training(name: str, H: int) -> Training:
+    return Training(WORKLOADS[name](H))
+
+
+WORKLOADS |= {n + TRAINING: functools.partial(_training, n) for n in ("mul", "add", "glue")}
 """By name. The laboratory adds its own."""
 
 InputSet = tuple[Any, tuple[Tensor, ...]]
@@ -99,7 +145,11 @@ def make_set(name: str, H: int, N: int, dtype: torch.dtype, device: str) -> Inpu
     """A module with random weights and its random inputs."""
     with torch.device(device):
         module = WORKLOADS[name](H).to(dtype)
-        return module, tuple(torch.randn(N, H, dtype=dtype) for _ in range(module.inputs))
+        inputs = tuple(torch.randn(N, H, dtype=dtype) for _ in range(module.inputs))
+        if isinstance(module, Training):
+            with torch.no_grad():
+                inputs += tuple(torch.randn_like(y) for y in module.workload(*inputs))
+        return module, inputs
 
 
 def bytes_of(name: str, H: int, N: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -108,8 +158,3 @@ def bytes_of(name: str, H: int, N: int, dtype: torch.dtype) -> tuple[int, int]:
         module, inputs = make_set(name, H, N, dtype, "meta")
         read = [*inputs, *module.parameters()]
         return sum(t.nbytes for t in read), sum(t.nbytes for t in [*read, *module(*inputs)])
-
-
-def call(module: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """What is compiled: one code object for all modules, so that weights can be rotated."""
-    return module(*inputs)

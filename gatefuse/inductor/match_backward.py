@@ -8,6 +8,7 @@ the sum over a row are there tells a gate's derivative from those of other sigmo
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,45 +20,29 @@ from gatefuse.inductor.fx_utils import (
     arguments,
     is_float_conversion,
     is_neutral,
-    is_shape_op,
     known,
     source_of,
     tensor_of,
-    val_of,
-    widens,
 )
 
-__all__ = ["Gradients", "WeightSum", "find_gradients"]
+__all__ = ["Gradients", "find_gradients", "products_of"]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class WeightSum:
-    """The weight's gradient as a reduction over rows: ``result``, of shape ``[1, H]`` or ``[H]``,
-    is ``sum(product)`` rounded to its dtype, and ``product`` is grad_logit, one per row, times
-    input, both wider than they are."""
-
-    product: Node
-    result: Node
-    grad_logit: Node
-    input: Node
 
 
 @dataclass(frozen=True)
 class Gradients:
     """The gradients of one gate that a graph computes.
 
-    grad_logit: the logit's gradient. input_products: the input's gradient as
-    ``mm`` or ``addmm`` of ``[N, 1]`` and ``[1, H]``. weight_products: the weight's as ``mm`` of
-    ``[1, N]`` and ``[N, H]``. weight_sums: the same as reductions. elementwise: whether the input's
-    gradient is a product already, or one of several sums, that Inductor can fuse.
+    grad_logit: the logit's gradient. input_products: the input's gradient as ``mm`` or ``addmm`` of
+    ``[N, 1]`` and ``[1, H]``, or one of the two products in Inductor's ``mm_plus_mm``.
+    weight_products: the weight's as ``mm`` of ``[1, N]`` and ``[N, H]``. elementwise: whether there
+    are products of elements, perhaps summed.
     """
 
     grad_logit: Node
     input_products: tuple[Node, ...]
     weight_products: tuple[Node, ...]
-    weight_sums: tuple[WeightSum, ...]
     elementwise: bool
 
 
@@ -126,64 +111,28 @@ def _is_row_sum(node: Node) -> bool:
 
 
 def _gradients(grad_logit: Node) -> Gradients:
-    rows = tensor_of(grad_logit, "the logit's gradient").numel()
     input_products, weight_products = list[Node](), list[Node]()
-    weight_sums, elementwise = list[WeightSum](), False
+    elementwise = False
     for node in _through(grad_logit):
         shape = tensor_of(node, "the logit's gradient").shape
         for user in node.users:
-            if user.target in (aten.mm.default, aten.addmm.default):
-                if arguments(user)[0 if user.target is aten.mm.default else 1] is not node:
-                    continue
-                if known(shape[1] == 1):
+            elementwise |= user.target is aten.mul.Tensor
+            for left, _ in products_of(user):
+                if left is node and known(shape[1] == 1):
                     input_products.append(user)
-                elif known(shape[0] == 1) and user.target is aten.mm.default:
+                elif left is node and known(shape[0] == 1):
                     weight_products.append(user)
-            elif user.target is aten.mul.Tensor:
-                found = _weight_sum(user, node, rows)
-                if found is not None:
-                    weight_sums.append(found)
-                else:
-                    elementwise = True
-    return Gradients(
-        grad_logit,
-        tuple(input_products),
-        tuple(weight_products),
-        tuple(weight_sums),
-        elementwise,
-    )
+    return Gradients(grad_logit, tuple(input_products), tuple(weight_products), elementwise)
 
 
-def _weight_sum(product: Node, grad_logit: Node, rows: int | torch.SymInt) -> WeightSum | None:
-    """What ``product`` of ``grad_logit`` is, if it is summed over rows only, or None."""
-    (other,) = [n for n in product.all_input_nodes if n is not grad_logit]
-    value = tensor_of(product, "the product")
-    width = value.shape[-1]
-    if len(product.users) != 1 or known(rows == 1) or not known(value.numel() == rows * width):
-        return None
-    (total,) = product.users
-    if total.target is not aten.sum.dim_IntList:
-        return None
-    dims = arguments(total)[1]
-    summed = tensor_of(total, "the sum").numel()
-    if (
-        not dims
-        or not known(summed == width)
-        or (value.dim() - 1) in [d % value.dim() for d in dims]
-    ):
-        return None
-    input = _wide_source(other)
-    val = val_of(input)
-    if val is None or not (known(val.shape[-1] == width) and known(val.numel() == value.numel())):
-        return None
-    result = total
-    while len(result.users) == 1 and is_float_conversion(user := next(iter(result.users))):
-        result = user
-    return WeightSum(product, result, _wide_source(grad_logit), input)
-
-
-def _wide_source(node: Node) -> Node:
-    """What a node is before it was reshaped and made wider."""
-    while widens(node) or is_shape_op(node):
-        node = source_of(node)
-    return node
+def products_of(node: Node) -> tuple[tuple[Node, Node], ...]:
+    """The operands of each matrix product that a node is, or is a sum of."""
+    if node.target is aten.mm.default:
+        return (arguments(node)[:2],)
+    if node.target is aten.addmm.default:
+        return (arguments(node)[1:3],)
+    if isinstance(node.target, functools.partial) and node.target.func.__name__ == "mm_plus_mm":
+        # Inductor's pattern for it has been at work already, where it tunes matrix products.
+        first, second, third, fourth = (node.kwargs[f"mat{i}"] for i in range(1, 5))
+        return (first, second), (third, fourth)  # type: ignore[return-value]
+    return ()

@@ -1,0 +1,68 @@
+"""Twenty steps of an optimizer: the losses are those of eager, and the same in each run."""
+
+from __future__ import annotations
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import gatefuse
+from gatefuse.inductor import gradient_rewriter
+from tests.support import models
+
+STEPS = 20
+
+
+class Training(nn.Module):
+    def __init__(self, model: nn.Module, checkpointed: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointed:
+            x = checkpoint(self.model, x, use_reentrant=False)
+        else:
+            x = self.model(x)
+        return x.float().square().mean()
+
+
+def losses(model: nn.Module, batches: list[Tensor], compiled: bool) -> list[float]:
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    torch._dynamo.reset()
+    function = torch.compile(model, dynamic=False) if compiled else model
+    found = []
+    for step in range(STEPS):
+        loss = function(batches[step % len(batches)])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss))
+    return found
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_next"])
+def test_losses_are_those_of_eager(name: str, checkpointed: bool) -> None:
+    torch.manual_seed(0)
+    model = Training(models.build(name, num_hidden_layers=1), checkpointed).train()
+    batches = [models.embeddings(2, 6) for _ in range(2)]
+    # On the CPU, the rewrite of the gradients that a GPU has.
+    keep = mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", return_value=None)
+    with keep, gatefuse.fusing() as report:
+        fused = losses(model, batches, compiled=True)
+        again = losses(model, batches, compiled=True)
+    assert fused == again
+    forward = [g for g in report.graphs if g.phase == "forward"]
+    assert [g.fused for g in forward] == [models.gates(model)] * len(forward)
+    gradients = [r for g in report.graphs for r in g.gradients]
+    assert len(gradients) == len(report.graphs) - len(forward) > 0
+    assert all(r.rewritten == 1 and not r.reason for r in gradients)
+    eager = losses(model, batches, compiled=False)
+    assert eager[0] != eager[-1]
+    torch.testing.assert_close(torch.tensor(fused), torch.tensor(eager), rtol=1e-5, atol=1e-5)
