@@ -39,20 +39,11 @@ def _missing() -> str | None:
     return None
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "xdist_group(name): runs in one process with its group")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = _missing()
     for item in items:
         if item.path.parent == HERE:
             item.add_marker(pytest.mark.timeout(900))
-            # Two halves that share no engine.
-            model = getattr(item, "callspec", None) and item.callspec.params.get("model")
-            first = item.path.name == "test_engines.py" and model in (None, "qwen2_moe")
-            item.add_marker(pytest.mark.xdist_group("first" if first else "second"))
             if missing is not None:
                 item.add_marker(pytest.mark.skip(reason=missing))
 

@@ -1,110 +1,32 @@
-"""Real vLLM engines, on the CPU, compiled as on CUDA: with the plugin, without it, and warm."""
+"""Real vLLM engines of one model, on the CPU, compiled as on CUDA: with the plugin, without it, and
+warm."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from tests.vllm_cpu import tiny
 from tests.vllm_cpu.conftest import ALONE, NO_CACHES, Engine, Reference, Run
-
-GATES = {"qwen2_moe": 2, "qwen3_next": 4}
-MORE_GATES = {"qwen3_moe": 2, "qwen3_5_moe": 4}
-
-
-def line(fused: int, gates: int | None = None, placement: str = "inline") -> str:
-    return (
-        f"gatefuse: {fused} of {gates or fused} shared-expert gates fused (placement {placement})"
-    )
-
-
-models = pytest.mark.parametrize("model", list(GATES))
+from tests.vllm_cpu.one_model import (
+    OneModel,
+    assert_near,
+    fused_engine,
+    line,
+    of_prompts,
+    unfused_engine,
+)
 
 
-def fused_engine(run: Run, model: str) -> Engine:
-    return run(model, "fused", caches="shared")
-
-
-def unfused_engine(run: Run, model: str) -> Engine:
-    """Without the plugin, with the pass."""
-    config = {"mode": 3, "hook": "gatefuse"}
-    return run(model, "pass alone", NO_CACHES | ALONE, compilation_config=config)
+class TestQwen2Moe(OneModel):
+    model, gates = "qwen2_moe", 2
 
 
 def plain_engine(run: Run, place: Path) -> Engine:
     """Without anything of gatefuse's, beside the caches of an engine with it."""
     fused_engine(run, "qwen2_moe")
     return run("qwen2_moe", "plain", ALONE, caches="shared", reload=other_weights(place))
-
-
-@models
-def test_each_layer_has_one_fused_op(run: Run, model: str) -> None:
-    fused = fused_engine(run, model)
-    assert fused.result["mode"] == "VLLM_COMPILE"
-    assert fused.ops == GATES[model]
-    assert fused.result["matches"]["gatefuse"] == GATES[model]
-    assert fused.lines == [line(GATES[model])]
-
-
-@models
-def test_without_the_plugin_no_pass_sees_a_gate(run: Run, model: str) -> None:
-    unfused = unfused_engine(run, model)
-    assert unfused.result["graphs"]
-    assert unfused.ops == 0
-    assert unfused.result["counter"] == 0
-
-
-@models
-def test_logprobs(run: Run, reference: Reference, model: str) -> None:
-    """`|fused - ref| <= 2 * |unfused - ref|` against transformers in float32, with no slack for a
-    rounding: over the prompts, and over the new tokens, each engine on the tokens it chose."""
-    errors = []
-    for engine in (fused_engine(run, model), unfused_engine(run, model)):
-        differences: dict[str, list[torch.Tensor]] = {"prompt": [], "new": []}
-        for i, expected in enumerate(reference(model, engine)):
-            n = len(engine.result["prompt"][i])
-            differences["prompt"].append(engine.result["prompt"][i] - expected[:n])
-            differences["new"].append(engine.result["new"][i] - expected[n:])
-        errors.append({part: torch.cat(rows) for part, rows in differences.items()})
-    for part in ("prompt", "new"):
-        assert_near(errors[0][part], errors[1][part])
-
-
-def assert_near(error: torch.Tensor, allowed: torch.Tensor) -> None:
-    """The formula of docs/design.md, in the mean and on the worst element."""
-    assert error.isfinite().all()
-    assert allowed.isfinite().all()
-    for norm in (torch.linalg.vector_norm, lambda t: t.abs().max()):
-        assert norm(error) <= 2 * norm(allowed)
-
-
-@pytest.mark.parametrize("model", list(MORE_GATES))
-def test_more_families(run: Run, reference: Reference, model: str) -> None:
-    """Qwen3.5-MoE, and the copy of the shared expert in Qwen3-MoE, of which Qwen3-Omni's thinker is
-    made; with the error of eager bfloat16 as the measure, in an engine whose gates are left to
-    vLLM, with a line that says why."""
-    fused = run(model, "fused", NO_CACHES)
-    assert fused.ops == MORE_GATES[model]
-    assert fused.lines == [line(MORE_GATES[model])]
-    eager = dict(enforce_eager=True, compilation_config={})
-    unfused = run(model, "eager", **eager)
-    gates = MORE_GATES[model]
-    assert unfused.lines == [
-        f"gatefuse: {gates} shared-expert gates left to vLLM: compilation mode NONE"
-    ]
-    if model == "qwen3_moe":  # transformers has no such model with a shared expert
-        expected = run(model, "float32", ALONE, dtype="float32", **eager).logprobs
-    else:
-        expected = torch.cat(of_prompts(reference, model, fused))
-    assert_near(fused.logprobs - expected, unfused.logprobs - expected)
-
-
-def of_prompts(reference: Reference, model: str, engine: Engine) -> list[torch.Tensor]:
-    """Log-probabilities of the prompts by the reference."""
-    rows = reference(model, engine)
-    return [r[: -len(tokens)] for r, tokens in zip(rows, engine.result["tokens"])]
 
 
 def test_warm_cache(run: Run) -> None:
