@@ -20,6 +20,7 @@ from gatefuse import settings
 
 __all__ = [
     "TESTED_TORCH",
+    "TESTED_VLLM",
     "batch_invariant",
     "drops_rounding_casts",
     "forget_output_code",
@@ -34,6 +35,8 @@ __all__ = [
 
 TESTED_TORCH = ((2, 11), (2, 15))
 """First and last minor version of PyTorch that the test suite has passed on."""
+TESTED_VLLM = ("0.26.0", "0.32.0", "0.33.0")
+"""Versions of vLLM with which engines have run. Others are probed by their features."""
 
 log = logging.getLogger("gatefuse")
 _warned: set[str] = set()

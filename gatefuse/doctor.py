@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gatefuse import settings
+from gatefuse.compat import TESTED_VLLM
 from gatefuse.environment import environment
-from gatefuse.integrations.vllm import TESTED_VLLM
 
 __all__ = ["Check", "Diagnosis", "diagnose"]
 

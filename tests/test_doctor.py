@@ -293,6 +293,7 @@ class MoERunner:
     def _select_forward(self): ...
     def register_oot(self): ...
 """
+WRAPPER = "class TorchCompileWithNoGuardsWrapper: ..."
 ENTRY = "[vllm.general_plugins]\ngatefuse = gatefuse.integrations.vllm:register\n"
 
 
@@ -307,6 +308,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Check
             (parent / "__init__.py").touch()
         module.write_text(runner)
         (tmp_path / "vllm/model_executor/custom_op.py").write_text("op_registry_oot = {}")
+        (tmp_path / "vllm/compilation").mkdir()
+        (tmp_path / "vllm/compilation/wrapper.py").write_text(WRAPPER)
         info = tmp_path / "gatefuse-0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gatefuse\nVersion: 0\n")

@@ -239,6 +239,8 @@ def test_weight_of_a_hoisted_gate_is_kept_where_vllm_packs_it(made: list[Any]) -
     runner = moe_runner.gate_hoisting(Runner)(expert)
     before = runner(x, None, x)
     runner.hoist(expert, "expert_gate")
+    runner.decided = True
+    compiled_models._watch_loading(runner, gate, None)
     gate.quant_method.process_weights_after_loading(gate)
     assert gate.packed is gate.weight
     assert torch.equal(runner(x, None, x), before)
@@ -259,20 +261,33 @@ def test_registered_with_the_first_runner(
         monkeypatch.setattr(module, "install", functools.partial(installed.append, module))
     for _ in range(2):
         moe_runner._prepare(types.SimpleNamespace(MoERunner=base))  # type: ignore[arg-type]
+    assert installed == [compiled_models], "once"
     assert Pluggable.registry == {}
     other = type("Other", (base,), {})
     if problem is not None:
         base.register_oot(other)  # type: ignore[attr-defined]
     runners = [base(Expert()), base(Expert())]
     assert "__new__" not in vars(base)
+    assert installed == [compiled_models, fusion_count]
     if problem is None:
         assert {type(r) for r in runners} == {moe_runner.gate_hoisting(base)}
-        assert installed == [compiled_models, fusion_count]
         assert not caplog.messages
     else:
         assert {type(r) for r in runners} == {other}
-        assert not installed
-        assert caplog.messages == [f"gatefuse: vLLM is left as it is: {problem}"]
+        assert caplog.messages == [f"gatefuse: gates inside the MoE op are left to vLLM: {problem}"]
+
+
+def test_a_vllm_whose_compilation_cannot_be_followed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ImportError("no wrapper")
+
+    monkeypatch.setattr(compiled_models, "install", fail)
+    base = type("MoERunner", (Runner,), {})
+    moe_runner._prepare(types.SimpleNamespace(MoERunner=base))  # type: ignore[arg-type]
+    assert "__new__" not in vars(base)
+    assert "cannot be followed: ImportError('no wrapper')" in caplog.text
 
 
 def test_other_runners_are_wrapped_by_lora_as_before() -> None:

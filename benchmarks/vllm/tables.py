@@ -48,7 +48,9 @@ def frame_of(content: dict[str, Any]) -> pd.DataFrame:
     """A row for each provider, workload and start, with what its profile says."""
     rows = [{"start": 0} | (row.get("profile") or {}) | row for row in content["rows"]]
     columns = ["provider", "name", "start", *HEADINGS, "by_name", "spread", "repeats"]
-    return pd.DataFrame(rows).reindex(columns=columns)
+    frame = pd.DataFrame(rows).reindex(columns=columns)
+    once = frame["repeats"].fillna(0) < 2  # too few for a throughput
+    return frame.assign(**{c: frame[c].mask(once) for c in ("new_tokens_per_s", "spread")})
 
 
 def first_starts(content: dict[str, Any]) -> pd.DataFrame:

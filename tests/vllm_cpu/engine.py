@@ -5,7 +5,8 @@ Usage: python engine.py OUT.pt '{"model": folder, ...LLM arguments}'
 OUT.pt holds a dict: tokens and log-probabilities of all tokens of the vocabulary (at each position
 of the prompts and for each new token), the graphs after vLLM's passes, vLLM's hash of the
 configuration, vLLM's match table, and gatefuse's counter. "hook" in the compilation config puts a
-pass on vLLM's hook: "gatefuse", or "own" for one that is none of gatefuse's.
+pass on vLLM's hook: "gatefuse", or "own" for one that is none of gatefuse's. "reload": folders
+whose weights the engine loads in turn, with the log-probabilities of the prompts after each.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def main(out: str, arguments: dict[str, Any]) -> None:
 
             hook = {"gatefuse": gatefuse.vllm_pass, "own": own_pass()}[which]
             config["inductor_compile_config"] = {"post_grad_custom_post_pass": hook}
+    folders = arguments.pop("reload", [])
     llm = LLM(**arguments)
     params = SamplingParams(
         temperature=0,
@@ -91,17 +93,25 @@ def main(out: str, arguments: dict[str, Any]) -> None:
         logprobs=VOCABULARY,
         prompt_logprobs=VOCABULARY,
     )
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
-    )
+
+    def generate() -> tuple[list[Any], list[torch.Tensor]]:
+        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        tables = [[table(e, VOCABULARY) for e in o.prompt_logprobs[1:]] for o in outputs]
+        return outputs, [torch.stack(rows) for rows in tables]
+
+    outputs, logprobs = generate()
+    reloaded = []
+    for folder in folders:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        reloaded.append(torch.cat(generate()[1]))
     from torch._dynamo.utils import counters
 
     result = {
         "prompts": PROMPTS,
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
-        "prompt": [
-            torch.stack([table(e, VOCABULARY) for e in o.prompt_logprobs[1:]]) for o in outputs
-        ],
+        "prompt": logprobs,
+        "reloaded": reloaded,
         "new": [
             torch.stack([table(e, VOCABULARY) for e in o.outputs[0].logprobs]) for o in outputs
         ],

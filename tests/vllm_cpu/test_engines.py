@@ -1,108 +1,38 @@
-"""Real vLLM engines, on the CPU, compiled as on CUDA: with the plugin, without it, and warm."""
+"""Real vLLM engines of one model, on the CPU, compiled as on CUDA: with the plugin, without it, and
+warm."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+
 import torch
 
+from tests.vllm_cpu import tiny
 from tests.vllm_cpu.conftest import ALONE, NO_CACHES, Engine, Reference, Run
-
-GATES = {"qwen2_moe": 2, "qwen3_next": 4}
-MORE_GATES = {"qwen3_moe": 2, "qwen3_5_moe": 4}
-
-
-def line(fused: int, gates: int | None = None, placement: str = "inline") -> str:
-    return (
-        f"gatefuse: {fused} of {gates or fused} shared-expert gates fused (placement {placement})"
-    )
-
-
-models = pytest.mark.parametrize("model", list(GATES))
+from tests.vllm_cpu.one_model import (
+    OneModel,
+    assert_near,
+    fused_engine,
+    line,
+    of_prompts,
+    unfused_engine,
+)
 
 
-def fused_engine(run: Run, model: str) -> Engine:
-    return run(model, "fused", caches="shared")
+class TestQwen2Moe(OneModel):
+    model, gates = "qwen2_moe", 2
 
 
-def unfused_engine(run: Run, model: str) -> Engine:
-    """Without the plugin, with the pass."""
-    config = {"mode": 3, "hook": "gatefuse"}
-    return run(model, "pass alone", NO_CACHES | ALONE, compilation_config=config)
+def plain_engine(run: Run, place: Path) -> Engine:
+    """Without anything of gatefuse's, beside the caches of an engine with it."""
+    fused_engine(run, "qwen2_moe")
+    return run("qwen2_moe", "plain", ALONE, caches="shared", reload=other_weights(place))
 
 
-def plain_engine(run: Run) -> Engine:
-    """Without anything of gatefuse's."""
-    return run("qwen2_moe", "plain", ALONE, caches="plain")
-
-
-@models
-def test_each_layer_has_one_fused_op(run: Run, model: str) -> None:
-    fused = fused_engine(run, model)
-    assert fused.result["mode"] == "VLLM_COMPILE"
-    assert fused.ops == GATES[model]
-    assert fused.result["matches"]["gatefuse"] == GATES[model]
-    assert fused.lines == [line(GATES[model])]
-
-
-@models
-def test_without_the_plugin_no_pass_sees_a_gate(run: Run, model: str) -> None:
-    unfused = unfused_engine(run, model)
-    assert unfused.result["graphs"]
-    assert unfused.ops == 0
-    assert unfused.result["counter"] == 0
-
-
-@models
-def test_logprobs(run: Run, reference: Reference, model: str) -> None:
-    """`|fused - ref| <= 2 * |unfused - ref|` against transformers in float32, with no slack for a
-    rounding: over the prompts, and over the new tokens, each engine on the tokens it chose."""
-    errors = []
-    for engine in (fused_engine(run, model), unfused_engine(run, model)):
-        differences: dict[str, list[torch.Tensor]] = {"prompt": [], "new": []}
-        for i, expected in enumerate(reference(model, engine)):
-            n = len(engine.result["prompt"][i])
-            differences["prompt"].append(engine.result["prompt"][i] - expected[:n])
-            differences["new"].append(engine.result["new"][i] - expected[n:])
-        errors.append({part: torch.cat(rows) for part, rows in differences.items()})
-    for part in ("prompt", "new"):
-        assert_near(errors[0][part], errors[1][part])
-
-
-def assert_near(error: torch.Tensor, allowed: torch.Tensor) -> None:
-    """The formula of docs/design.md, in the mean and on the worst element."""
-    assert error.isfinite().all()
-    assert allowed.isfinite().all()
-    for norm in (torch.linalg.vector_norm, lambda t: t.abs().max()):
-        assert norm(error) <= 2 * norm(allowed)
-
-
-@pytest.mark.parametrize("model", list(MORE_GATES))
-def test_more_families(run: Run, reference: Reference, model: str) -> None:
-    """Qwen3.5-MoE, and the copy of the shared expert in Qwen3-MoE, of which Qwen3-Omni's thinker is
-    made; with the error of eager bfloat16 as the measure."""
-    fused = run(model, "fused", NO_CACHES)
-    assert fused.ops == MORE_GATES[model]
-    assert fused.lines == [line(MORE_GATES[model])]
-    eager = dict(enforce_eager=True, compilation_config={})
-    unfused = run(model, "eager", ALONE, **eager)
-    if model == "qwen3_moe":  # transformers has no such model with a shared expert
-        expected = run(model, "float32", ALONE, dtype="float32", **eager).logprobs
-    else:
-        expected = torch.cat(of_prompts(reference, model, fused))
-    assert_near(fused.logprobs - expected, unfused.logprobs - expected)
-
-
-def of_prompts(reference: Reference, model: str, engine: Engine) -> list[torch.Tensor]:
-    """Log-probabilities of the prompts by the reference."""
-    rows = reference(model, engine)
-    return [r[: -len(tokens)] for r, tokens in zip(rows, engine.result["tokens"])]
-
-
-@models
-def test_warm_cache(run: Run, model: str) -> None:
+def test_warm_cache(run: Run) -> None:
     """Loaded code is fused, counted, and gives the same numbers; the pass is not called."""
-    cold = fused_engine(run, model)
-    warm = run(model, "warm", caches="shared")
+    cold = fused_engine(run, "qwen2_moe")
+    warm = run("qwen2_moe", "warm", caches="shared")
     assert "Directly load AOT compilation" in warm.log
     assert not warm.result["graphs"]
     assert warm.lines == cold.lines
@@ -117,21 +47,15 @@ def test_expect_with_a_warm_cache(run: Run) -> None:
     assert "expected at least 3 fused gates in the engine, fused 2" in failed.log
 
 
-def test_warm_cache_of_the_plugin_is_not_used_without_it(run: Run) -> None:
-    fused_engine(run, "qwen2_moe")
-    beside = run("qwen2_moe", "beside a warm cache", ALONE, caches="shared")
-    assert beside.result["graphs"]
-    assert beside.ops == 0
-    assert torch.equal(beside.logprobs, plain_engine(run).logprobs)
-
-
-def test_turned_off_is_untouched(run: Run) -> None:
-    """GATEFUSE_DISABLE=1 gives the graphs and the hash of a vLLM that never saw the plugin."""
+def test_turned_off_is_untouched(run: Run, place: Path) -> None:
+    """GATEFUSE_DISABLE=1 gives the graphs and the hash of a vLLM that never saw the plugin; neither
+    takes fused code from a cache."""
     off = run("qwen2_moe", "off", {"GATEFUSE_DISABLE": "1"}, caches="off")
-    plain = plain_engine(run)
+    plain = plain_engine(run, place)
     for what in ("traced", "graphs", "hash", "tokens"):
         assert off.result[what] == plain.result[what], what
     assert off.result["graphs"]
+    assert off.ops == 0
     assert not off.lines
     assert torch.equal(off.logprobs, plain.logprobs)
 
@@ -149,26 +73,63 @@ def test_mode_2(run: Run, reference: Reference) -> None:
     assert_near(stock.logprobs - expected, unfused.logprobs - expected)
 
 
-def test_behind_the_users_own_pass(run: Run) -> None:
-    """A pass on the hook stays, and runs first; options come from the environment."""
-    behind = run(
+def other_weights(place: Path) -> list[str]:
+    """Folders of the model with gates of other weights, and of the model itself."""
+    other = place / "models" / "other gates"
+    if not other.exists():
+        tiny.build(other, "qwen2_moe", gates=-2.0)
+    return [str(other), str(other.with_name("qwen2_moe"))]
+
+
+def behind_engine(run: Run, place: Path) -> Engine:
+    """With another pass, and rounded as vLLM's own code is."""
+    return run(
         "qwen2_moe",
         "behind",
         {"GATEFUSE_EAGER_ROUNDING": "1"} | NO_CACHES,
         compilation_config={"mode": 3, "hook": "own"},
+        reload=other_weights(place),
     )
+
+
+def test_weights_are_loaded_anew(run: Run, place: Path) -> None:
+    """The compiled code takes new weights of the gates. On the CPU vLLM itself computes something
+    else after loading the same weights anew, so an engine without the plugin is the measure."""
+    fused, plain = behind_engine(run, place), plain_engine(run, place)
+    norm = torch.linalg.vector_norm
+    rounding = norm(fused.logprobs - plain.logprobs)
+    for mine, theirs in zip(fused.result["reloaded"], plain.result["reloaded"], strict=True):
+        assert norm(mine - theirs) <= 2 * rounding
+    changed, back = plain.result["reloaded"]
+    assert norm(changed - back) > 20 * rounding, "the gates matter"
+
+
+def test_behind_the_users_own_pass(run: Run, place: Path) -> None:
+    """A pass on the hook stays, and runs first; options come from the environment."""
+    behind = behind_engine(run, place)
     assert behind.lines == [line(2)]
     assert behind.ops == 2
     seen = behind.result["seen_by_own_pass"]
     assert len(seen) == len(behind.result["graphs"])
     assert not any("gatefuse" in graph for graph in seen)
     # Rounded as unfused code rounds: nearer to it than one rounding at the end is.
-    plain, fused = plain_engine(run).logprobs, fused_engine(run, "qwen2_moe").logprobs
+    plain, fused = plain_engine(run, place).logprobs, fused_engine(run, "qwen2_moe").logprobs
     norm = torch.linalg.vector_norm
     assert norm(behind.logprobs - plain) <= norm(fused - plain)
 
 
-def test_tensor_parallel(run: Run, reference: Reference) -> None:
+def test_transformers_backend(run: Run, reference: Reference) -> None:
+    """Models of transformers, whose experts and gates vLLM moves into its MoE op."""
+    fused = run("qwen2_moe", "transformers", NO_CACHES, model_impl="transformers")
+    assert "TransformersMoEForCausalLM" in fused.log
+    assert fused.ops == 2
+    assert fused.lines == [line(2)]
+    expected = torch.cat(of_prompts(reference, "qwen2_moe", fused))
+    unfused = unfused_engine(run, "qwen2_moe")
+    assert_near(fused.logprobs - expected, unfused.logprobs - expected)
+
+
+def test_tensor_parallel(run: Run, place: Path, reference: Reference) -> None:
     """Two ranks, which are processes of their own. Fused or not, two ranks sum in another order
     than one: fused, they may differ by twice of what they differ by unfused, from one rank and from
     the reference."""
@@ -180,7 +141,7 @@ def test_tensor_parallel(run: Run, reference: Reference) -> None:
     unfused = run("qwen2_moe", "two ranks, plain", two_ranks | ALONE, tensor_parallel_size=2)
     assert fused.lines == [line(2)]
     assert not unfused.lines
-    one_fused, one_unfused = fused_engine(run, "qwen2_moe"), plain_engine(run)
+    one_fused, one_unfused = fused_engine(run, "qwen2_moe"), plain_engine(run, place)
     assert_near(fused.logprobs - one_fused.logprobs, unfused.logprobs - one_unfused.logprobs)
     expected = torch.cat(of_prompts(reference, "qwen2_moe", unfused))
     assert_near(fused.logprobs - expected, unfused.logprobs - expected)

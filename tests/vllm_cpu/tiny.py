@@ -80,8 +80,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(folder: Path, name: str) -> Path:
-    """Write the model `name` of CONFIGS to a folder; returns the folder."""
+def build(folder: Path, name: str, gates: float = 1.0) -> Path:
+    """Write the model `name` of CONFIGS to a folder; returns the folder. gates: a factor of the
+    weights of the shared experts' gates."""
     config = CONFIGS[name]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -90,6 +91,9 @@ def build(folder: Path, name: str) -> Path:
         key: _values(key, shape, generator, "full_attention_interval" in config)
         for key, shape in _shapes(config).items()
     }
+    for key in weights:
+        if "shared_expert_gate" in key:
+            weights[key] *= gates
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -17,9 +17,7 @@ from typing import Any
 
 from gatefuse import compat, settings
 
-__all__ = ["TESTED_VLLM", "LazyVllmPass", "register"]
-
-TESTED_VLLM = ("0.26.0", "0.32.0", "0.33.0")
+__all__ = ["LazyVllmPass", "register"]
 
 # A child of vLLM's logger, so that vLLM's own set-up of levels and handlers applies.
 log = logging.getLogger("vllm.gatefuse")

@@ -85,21 +85,26 @@ def _prepare(module: ModuleType) -> None:
         _register(runner)
         return runner.__new__(cls, *args, **kwargs)
 
-    if "__new__" not in vars(runner):
-        runner.__new__ = first
+    if "__new__" in vars(runner):
+        return
+    try:
+        compiled_models.install()  # vLLM may decide on a model before it has a runner
+    except Exception as e:
+        log.warning("gatefuse: vLLM is left as it is: what it compiles cannot be followed: %r", e)
+        return
+    runner.__new__ = first
 
 
 def _register(runner: Any) -> None:
+    fusion_count.install()
     try:
         problem = problem_of(runner)
         if problem is None:
             runner.register_oot(gate_hoisting(runner))
-            compiled_models.install()
-            fusion_count.install()
     except Exception as e:
         problem = f"its MoE runner cannot be replaced: {type(e).__name__}: {e}"
     if problem is not None:
-        log.warning("gatefuse: vLLM is left as it is: %s", problem)
+        log.warning("gatefuse: gates inside the MoE op are left to vLLM: %s", problem)
 
 
 def problem_of(runner: Any) -> str | None:
@@ -162,27 +167,8 @@ def gate_hoisting(runner: Any) -> Any:
         def hoist(self, expert: torch.nn.Module, name: str) -> None:
             """Apply the expert's gate, its submodule ``name``, to what the MoE op returns."""
             gate = expert.get_submodule(name)
-            setattr(
-                expert, name, None
-            )  # the model's block still holds it, for weights and the like
-            _keep_weight(gate)
+            setattr(expert, name, None)  # the model's block still holds it and loads its weight
             self.__dict__["hoisted_gate"] = gate  # no submodule: its weights have a name already
             self._forward_entry = self._select_forward()
 
     return GateHoistingRunner
-
-
-def _keep_weight(gate: Any) -> None:
-    """Keep the gate's weight as it was loaded: vLLM on the CPU packs it for its own linear."""
-    method: Any = getattr(gate, "quant_method", None)
-    process = getattr(method, "process_weights_after_loading", None)
-    if process is None:
-        return
-
-    def process_weights_after_loading(layer: torch.nn.Module) -> None:
-        weight = layer.weight
-        process(layer)
-        if layer is gate:
-            layer.weight = weight
-
-    method.process_weights_after_loading = process_weights_after_loading

@@ -22,7 +22,7 @@ _PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul
 def gate_names(module: nn.Module) -> Iterator[str]:
     """Names of the direct submodules whose weight has one row, as a gate's has."""
     for name, child in module.named_children():
-        weight = getattr(child, "weight", None)
+        weight = child._parameters.get("weight")  # a property might do anything
         if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[0] == 1:
             yield name
 

@@ -1,0 +1,313 @@
+"""What becomes of the gates of models as vLLM builds them, on every path but those of engines.
+
+The models are built by vLLM and not run, which takes less than a second each; test_engines.py runs
+some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gatefuse.integrations import vllm as integration
+from gatefuse.integrations.vllm import compiled_models, fusion_count, moe_runner, passes
+from tests.vllm_cpu import cuda_path
+
+pytest.importorskip("vllm")
+
+Build = Callable[..., SimpleNamespace]
+FUSED = [None, None]
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Iterator[None]:
+    """vLLM with the plugin, and without what makes the CPU different, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("VLLM_NO_USAGE_STATS", "1")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_PLUGINS", "")
+        moe_runner.install()
+        cuda_path.apply()
+        yield
+
+
+@pytest.fixture
+def build(vllm: None, place: Path) -> Build:
+    """Builds a model of tiny.py, or of a folder, and loads no weights; keywords as vLLM's LLM takes
+    them. ``left``: for each gate why it is left to vLLM, or None; ``hoisted``: names of layers."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import (
+        initialize_model,
+        process_weights_after_loading,
+    )
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    def build(model: str | Path, edit: Any = None, **arguments: Any) -> SimpleNamespace:
+        arguments = {"compilation_config": {"mode": 3}, "max_model_len": 128} | arguments
+        folder = place / "models" / model
+        config = EngineArgs(
+            model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", **arguments
+        ).create_engine_config()
+        if edit is not None:
+            edit(config)
+        with set_current_vllm_config(config):
+            if not torch.distributed.is_initialized():
+                store = f"file://{place}/store"
+                parallel_state.init_distributed_environment(1, 0, store, 0, "gloo")
+                parallel_state.ensure_model_parallel_initialized(1, 1)
+            with set_default_torch_dtype(torch.bfloat16):
+                module = initialize_model(vllm_config=config)
+            process_weights_after_loading(module, config.model_config, torch.device("cpu"))
+        compilation = config.compilation_config
+        graph_pass = passes.pass_of(compilation)
+        return SimpleNamespace(
+            model=module,
+            config=config,
+            left=list(fusion_count._gates.get(id(compilation), {}).values()),
+            hoisted=[] if graph_pass is None else graph_pass.hoisted,
+            graph_pass=graph_pass,
+        )
+
+    return build
+
+
+LAYERS = [f"model.layers.{i}.mlp.experts" for i in range(4)]
+FAMILIES = {"qwen2_moe": 2, "qwen3_moe": 2, "qwen3_next": 4}
+
+
+@pytest.mark.parametrize("model", list(FAMILIES))
+def test_hoisted(build: Build, model: str) -> None:
+    built = build(model)
+    assert built.left == [None] * FAMILIES[model]
+    assert built.hoisted == LAYERS[: FAMILIES[model]]
+    names = [name for name, _ in built.model.named_parameters() if "expert_gate" in name]
+    assert names == [
+        f"model.layers.{i}.mlp.shared_expert_gate.weight" for i in range(FAMILIES[model])
+    ]
+
+
+def test_transformers_backend(build: Build) -> None:
+    """vLLM decides on transformers' model before it puts the runners in."""
+    built = build("qwen2_moe", model_impl="transformers")
+    assert "Transformers" in type(built.model).__name__
+    assert (built.left, built.hoisted) == (FUSED, LAYERS[:2])
+
+
+def test_draft_of_the_same_checkpoint(build: Build) -> None:
+    """The layer of multi-token prediction, which is a model of its own and part of the engine."""
+    from vllm.config import replace
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    speculative = {"method": "mtp", "num_speculative_tokens": 1}
+    built = build("qwen3_next", speculative_config=speculative)
+    config = replace(built.config, load_config=built.config.load_config)  # as vLLM's runners do
+    with set_default_torch_dtype(torch.bfloat16):
+        draft = initialize_model(
+            vllm_config=config, model_config=config.speculative_config.draft_model_config
+        )
+    assert type(draft).__name__ == "Qwen3NextMTP"
+    assert len(built.hoisted) == 5
+    assert fusion_count._gates[id(built.config.compilation_config)] == dict.fromkeys(built.hoisted)
+
+
+def stays(built: SimpleNamespace, reason: str) -> bool:
+    """Every gate is left, for this reason, and where vLLM has put it; there is no pass."""
+    gates = [m.expert_gate for m in built.model.modules() if hasattr(m, "expert_gate")]
+    assert built.graph_pass is None
+    assert len(gates) == len(built.left) == 2
+    assert None not in gates
+    return all(reason in str(one) for one in built.left)
+
+
+def test_engines_that_are_not_compiled(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    none = {"mode": 0}
+    assert stays(build("qwen2_moe", enforce_eager=True, compilation_config={}), "mode NONE")
+    assert stays(build("qwen2_moe", compilation_config=none), "compilation mode NONE")
+    stock = {"mode": 1}
+    assert stays(build("qwen2_moe", compilation_config=stock), "mode STOCK_TORCH_COMPILE")
+    eager = {"mode": 3, "backend": "eager"}
+
+    def with_backend(config: Any) -> None:
+        config.compilation_config.backend = "eager"
+
+    assert stays(build("qwen2_moe", with_backend, compilation_config=eager), "backend eager")
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    built = build("qwen2_moe")
+    assert stays(built, "compilation mode NONE, with breakable CUDA graphs")
+
+
+def test_models_that_are_not_compiled(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an engine that compiles: the decorator is missing, or says that it does not apply."""
+    from vllm.compilation import decorators
+    from vllm.model_executor.models.qwen2_moe import Qwen2MoeModel
+
+    monkeypatch.setattr(Qwen2MoeModel, decorators.IGNORE_COMPILE_KEY, True)
+    built = build("qwen2_moe")
+    assert built.config.compilation_config.mode.name == "VLLM_COMPILE"
+    assert stays(built, "vLLM does not compile this model")
+
+
+def test_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backend of the CPU's has it, so no model is built."""
+    from vllm import envs
+
+    config = SimpleNamespace(backend="inductor")
+    assert compiled_models._engine_problem(config) is None
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    assert "batch invariance" in str(compiled_models._engine_problem(config))
+
+
+@pytest.mark.parametrize(
+    "targets, hoisted",
+    [
+        (None, False),
+        (["q_proj", "shared_expert_gate"], False),
+        (["model.layers.0.mlp.shared_expert_gate"], False),
+        (["q_proj", "o_proj"], True),
+    ],
+)
+def test_lora(build: Build, targets: Any, hoisted: bool) -> None:
+    """The gate is hoisted where no adapter can touch it."""
+    built = build("qwen2_moe", enable_lora=True, lora_target_modules=targets)
+    assert built.config.lora_config is not None
+    if hoisted:
+        assert (built.left, built.hoisted) == (FUSED, LAYERS[:2])
+    else:
+        assert stays(built, "LoRA may adapt the gate")
+
+
+def edited_gate(monkeypatch: pytest.MonkeyPatch, edit: Callable[[Any], None]) -> None:
+    """Every gate that Qwen2-MoE makes from now on is edited."""
+    from vllm.model_executor.models import qwen2_moe
+
+    class Edited(qwen2_moe.ReplicatedLinear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            edit(self)
+
+    monkeypatch.setattr(qwen2_moe, "ReplicatedLinear", Edited)
+
+
+def test_quantised_gates(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of how the gate's weight is kept, not of what the linear was given: one that stands on
+    a checkpoint's list of exceptions has a quantisation config all the same."""
+
+    def exempt(gate: Any) -> None:
+        gate.quant_config = object()
+
+    def quantise(gate: Any) -> None:
+        gate.quant_method = SimpleNamespace()
+
+    def pack(gate: Any) -> None:
+        gate.weight = torch.nn.Parameter(gate.weight.to(torch.int8), requires_grad=False)
+
+    with monkeypatch.context() as patch:
+        edited_gate(patch, exempt)
+        assert build("qwen2_moe").left == FUSED
+    for edit in (quantise, pack):
+        with monkeypatch.context() as patch:
+            edited_gate(patch, edit)
+            assert stays(build("qwen2_moe"), "quantised")
+
+
+def test_a_gate_with_a_bias(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add_bias(gate: Any) -> None:
+        gate.bias = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    edited_gate(monkeypatch, add_bias)
+    assert stays(build("qwen2_moe"), "has a bias")
+
+
+def test_a_shared_expert_that_does_more(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
+
+    plain = Qwen2MoeMLP.forward
+    monkeypatch.setattr(Qwen2MoeMLP, "forward", lambda self, x: 2 * plain(self, x))
+    assert stays(build("qwen2_moe"), "Qwen2MoeMLP does not end with the gate")
+
+
+def test_shared_experts_outside_the_op(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicated ones, as of Quark's OCP MX checkpoints with tensor parallelism: vLLM traces them,
+    and only the pass is missing."""
+    from vllm.model_executor.models import qwen3_next
+
+    replicates = "_should_replicate_misaligned_shared_expert"
+    if not hasattr(qwen3_next, replicates):
+        pytest.skip("this vLLM replicates none")
+    monkeypatch.setattr(qwen3_next, replicates, lambda *args, **kwargs: True)
+    built = build("qwen3_next")
+    assert built.left == [None] * 4
+    assert built.graph_pass is not None and not built.hoisted
+    experts = [m for m in built.model.modules() if isinstance(m, qwen3_next.Qwen3NextMLP)]
+    assert all(expert.expert_gate is not None for expert in experts)
+
+
+def test_gates_that_vllm_fuses_with_the_routers(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ROCm's AITER computes the shared expert as a routed one. A model without a shared expert may
+    hold a gate all the same, which is none."""
+    from vllm.model_executor.models import qwen3_next
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled_models, "_has_fused_experts", lambda runner: True)
+        patch.setattr(qwen3_next, "Qwen3NextMLP", lambda *args, **kwargs: None)
+        fused = build("qwen3_next", no_shared_expert)
+    assert all("fused with the router's" in str(reason) for reason in fused.left)
+    assert len(fused.left) == 4
+    without = build("qwen3_next", no_shared_expert)
+    assert without.left == []
+
+
+def no_shared_expert(config: Any) -> None:
+    config.model_config.hf_text_config.shared_expert_intermediate_size = 0
+
+
+def test_the_runner_of_another_plugin(
+    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It can be registered, also after vLLM's module was imported, and stays; one line says so."""
+    from vllm.model_executor import custom_op
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner as vllms
+
+    ours = custom_op.op_registry_oot.pop("MoERunner", None)
+    moe_runner._prepare(vllms)
+    other = vllms.MoERunner.register_oot(type("OtherRunner", (vllms.MoERunner,), {}))
+    monkeypatch.setattr(integration.log, "propagate", True)
+    try:
+        with caplog.at_level("INFO"):
+            built = build("qwen2_moe")
+        kinds = {type(m) for m in built.model.modules() if isinstance(m, vllms.MoERunner)}
+        assert kinds == {other}
+        assert stays(built, "OtherRunner may call the MoE op in ways of its own")
+        assert "another plugin has replaced the MoE runner by" in caplog.text
+    finally:
+        del custom_op.op_registry_oot["MoERunner"]
+        if ours is not None:
+            custom_op.op_registry_oot["MoERunner"] = ours
+
+
+def test_other_models_keep_their_graph(build: Build, tmp_path: Path) -> None:
+    """A model without such a gate gets no pass and no line."""
+    built = build("qwen2_moe", no_shared_expert)
+    assert (built.left, built.graph_pass) == ([], None)
+
+
+def test_a_newer_vllm(
+    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.99.1")
+    monkeypatch.setattr(compiled_models.log, "propagate", True)
+    compiled_models._say_if_newer_than_tested.cache_clear()
+    with caplog.at_level("INFO"):
+        assert build("qwen2_moe").left == FUSED
+    assert caplog.text.count("not tested with this vLLM, 0.99.1") == 1
