@@ -217,6 +217,21 @@ def test_hoisted_gate_gives_the_same_result(made: list[Any]) -> None:
     assert set(dict(runner.named_parameters())) == parameters - {"shared.expert_gate.weight"}
 
 
+def test_a_runner_that_calls_the_op_in_another_way(made: list[Any]) -> None:
+    """Nothing is hoisted, or the gate would be lost."""
+
+    class Renamed(Runner):
+        def __init__(self, shared_experts: Any = None) -> None:
+            super().__init__(shared_experts)
+            self._entry = self.__dict__.pop("_forward_entry")
+
+    expert = Expert()
+    runner = moe_runner.gate_hoisting(Renamed)(expert)
+    with pytest.raises(RuntimeError, match="another way"):
+        runner.hoist(expert, "expert_gate")
+    assert expert.expert_gate is not None
+
+
 def test_rows_may_be_a_part_of_the_batch(made: list[Any]) -> None:
     """Sequence-parallel layers call the runner with the rows of one rank: each row has its gate."""
     x, routed, expert = torch.randn(8, 8), torch.randn(8, 8), Expert()

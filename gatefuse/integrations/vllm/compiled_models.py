@@ -54,6 +54,13 @@ def install() -> None:
 def runner_made(runner: Any, expert: Any, gate_beside: Any) -> None:
     """A runner of gatefuse's is built. expert: what it takes as shared expert; gate_beside: a gate
     that it holds next to the router's (ROCm's AITER computes both in one product)."""
+    try:
+        _note_runner(runner, expert, gate_beside)
+    except Exception as e:  # vLLM goes on, whatever it is
+        log.warning("gatefuse: a MoE layer is left to vLLM: %r", e)
+
+
+def _note_runner(runner: Any, expert: Any, gate_beside: Any) -> None:
     vllm_config = _current()
     config = vllm_config.compilation_config
     names = list(gate_names(expert)) if isinstance(expert, nn.Module) else []

@@ -165,7 +165,12 @@ def gate_hoisting(runner: Any) -> Any:
             return gated
 
         def hoist(self, expert: torch.nn.Module, name: str) -> None:
-            """Apply the expert's gate, its submodule ``name``, to what the MoE op returns."""
+            """Apply the expert's gate, its submodule ``name``, to what the MoE op returns.
+
+            Raises RuntimeError, with nothing changed, if the op is called in some other way.
+            """
+            if vars(self).get("_forward_entry") != super()._select_forward():
+                raise RuntimeError("the runner calls the MoE op in another way")
             gate = expert.get_submodule(name)
             setattr(expert, name, None)  # the model's block still holds it and loads its weight
             self.__dict__["hoisted_gate"] = gate  # no submodule: its weights have a name already
