@@ -336,7 +336,8 @@ class _Program:
     def _write(self) -> None:
         b = self.b
         target = b.choose(lambda t: t.dim() >= 1 and not t.requires_grad) or ""
-        if not target or b.case.checkpoint or target in b.case.draws:
+        drawn = {line.target for line in b.lines if line.draws}  # returned as they were drawn
+        if not target or b.case.checkpoint or target in drawn:
             return
         if target in b.arguments and b.chance(0.2):
             b.alias(target)
