@@ -14,7 +14,7 @@ import torch
 
 from gatefuse import cli
 from gatefuse.bench import run
-from gatefuse.bench.cases import NO_GATE, Case, Provider
+from gatefuse.bench.cases import LEAST_TRAFFIC, NO_GATE, TRAINING, Case, Provider
 from gatefuse.bench.measure import checker, compile_case, compile_provider, time_providers
 from gatefuse.bench.timing import COLD_FACTOR, Replay, cache_bytes, columns, interleaved, plan
 from gatefuse.bench.workloads import bytes_of, call, make_set
@@ -254,3 +254,29 @@ def test_what_failed_is_not_compared() -> None:
         if row["provider"] == "gatefuse-auto":
             row["error"] = "x"
     assert cells(rows) == [["9", "(9..9)", "failed", "3.5"], ["4", "(4..4)", "failed"]]
+
+
+def test_training_is_checked_and_timed_with_its_gradients() -> None:
+    """The gradients of the op pass, a wrong one does not; the roofline moves the least bytes."""
+    with torch.no_grad():
+        module, inputs = make_set("add" + TRAINING, 64, 7, torch.bfloat16, "cpu")
+        outputs = module.op(*inputs)
+        check = checker(module, inputs)
+        check(outputs)
+        assert len(outputs) == 4  # the result; gradients of input, value and weight
+        for i in range(1, 4):
+            with pytest.raises(AssertionError):
+                check([y * 1.05 if i == j else y for j, y in enumerate(outputs)])
+        read = sum(t.nbytes for t in (*inputs[:2], *module.roofline(*inputs)))
+        elements = 9 * inputs[0].numel() * inputs[0].element_size()
+        assert read * LEAST_TRAFFIC["add" + TRAINING] == elements
+
+
+def test_training_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "training", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main([*command, "--time-budget", "600"]) == 0
+    assert "glue-training H=128 N=2" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    rows = json.loads(path.read_text())["rows"]
+    assert {r["workload"] for r in rows} == {name + TRAINING for name in ("mul", "add", "glue")}
+    assert all("error" not in r for r in rows)

@@ -94,11 +94,15 @@ def reason_to_keep_gradients(gradients: Gradients, options: Options) -> str | No
     uses it, and its kernel is one of the library's slowest: in a decoder layer's glue on an H200
     (H = 2048, 16384 rows) 56 of 508 us. The weight's gradient stays the matrix product that it is:
     as a sum over rows it took 22 us by itself as well, and 85 in one kernel with the others' sums.
+    Where Inductor tunes, that sum is in the graph; it then joins the kernel of the input's gradient
+    if that is one of products of elements, which took longer and more memory.
     """
     if options.eager_rounding or config.emulate_precision_casts:
         return "eager rounding was asked for"
     if tensor_of(gradients.grad_logit, "the gradient").device.type == "cpu":
         return "on the CPU Inductor's own are not slower"
+    if config.coordinate_descent_tuning or config.max_autotune or config.max_autotune_gemm:
+        return "where Inductor tunes, its own are not slower"
     return None
 
 

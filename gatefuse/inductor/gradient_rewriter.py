@@ -16,12 +16,12 @@ from torch.fx import Graph, Node
 from gatefuse.inductor import choices
 from gatefuse.inductor.choices import GRADIENT_KEY
 from gatefuse.inductor.cost_model import reason_to_keep_gradients
-from gatefuse.inductor.fx_utils import arguments, known, tensor_of
+from gatefuse.inductor.fx_utils import arguments
 from gatefuse.inductor.match_backward import (
     Gradients,
     find_gradients,
     gradients_of,
-    products_of,
+    product_of,
     through,
 )
 from gatefuse.inductor.node_order import Order
@@ -48,8 +48,7 @@ def rewrite_gradients(graph: Graph, options: Options) -> list[GradientReport]:
         rewritten = 0
         try:
             for product in gradients.input_products if reason is None else ():
-                if not product._erased:  # with another gate's gradient in it
-                    _replace(graph, product, _elementwise)
+                _replace(graph, product, _elementwise)
                 rewritten += 1
             products = gradients_of(gradients.grad_logit).elementwise
             for product in products if reason is None else ():
@@ -80,17 +79,15 @@ def _replace(graph: Graph, old: Node, make: Callable[[Callable[..., Node], Node]
 
 
 def _elementwise(call: Callable[..., Node], old: Node) -> Node:
-    """``mm``, ``addmm`` or ``mm_plus_mm``, with a column and a row among its operands."""
-    parts = [
-        call(aten.mul.Tensor if known(_columns(left) == 1) else aten.mm.default, left, right)
-        for left, right in products_of(old)
-    ]
-    if old.target is aten.addmm.default:
-        added, *_, beta, alpha = arguments(old)
-        if beta != 1 or alpha != 1:
-            raise ValueError("the product is scaled")
-        parts.append(added)
-    return functools.reduce(functools.partial(call, aten.add.Tensor), parts)
+    """``mm`` or ``addmm`` of a column and a row."""
+    factors = product_of(old)
+    assert factors is not None
+    if old.target is aten.mm.default:
+        return call(aten.mul.Tensor, *factors)
+    added, *_, beta, alpha = arguments(old)
+    if beta != 1 or alpha != 1:
+        raise ValueError("the product is scaled")
+    return call(aten.add.Tensor, call(aten.mul.Tensor, *factors), added)
 
 
 def _sums_with_matrix_products(product: Node) -> list[Node]:
@@ -109,10 +106,6 @@ def _apart(call: Callable[..., Node], old: Node) -> Node:
     """An ``addmm`` as a matrix product and a sum."""
     added, left, right, *_ = arguments(old)
     return call(aten.add.Tensor, call(aten.mm.default, left, right), added)
-
-
-def _columns(node: Node) -> int | torch.SymInt:
-    return tensor_of(node, "a factor").shape[1]
 
 
 def _report(gradients: Gradients, rewritten: int, reason: str) -> GradientReport:

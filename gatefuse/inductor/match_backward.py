@@ -8,7 +8,6 @@ the sum over a row are there tells a gate's derivative from those of other sigmo
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ from gatefuse.inductor.fx_utils import (
     tensor_of,
 )
 
-__all__ = ["Gradients", "find_gradients", "gradients_of", "products_of", "through"]
+__all__ = ["Gradients", "find_gradients", "gradients_of", "product_of", "through"]
 
 aten = torch.ops.aten
 
@@ -35,7 +34,7 @@ class Gradients:
     """The gradients of one gate that a graph computes.
 
     grad_logit: the logit's gradient. input_products: the input's gradient as ``mm`` or ``addmm`` of
-    ``[N, 1]`` and ``[1, H]``, or one of the two products in Inductor's ``mm_plus_mm``.
+    ``[N, 1]`` and ``[1, H]``.
     weight_products: the weight's as ``mm`` of ``[1, N]`` and ``[N, H]``. elementwise: products
     of elements, which may be either.
     """
@@ -118,22 +117,17 @@ def gradients_of(grad_logit: Node) -> Gradients:
         for user in node.users:
             if user.target is aten.mul.Tensor:
                 elementwise.append(user)
-            for left, _ in products_of(user):
-                if left is node and known(shape[1] == 1):
+            elif (factors := product_of(user)) and factors[0] is node:
+                if known(shape[1] == 1):
                     input_products.append(user)
-                elif left is node and known(shape[0] == 1):
+                elif known(shape[0] == 1):
                     weight_products.append(user)
     return Gradients(grad_logit, tuple(input_products), tuple(weight_products), tuple(elementwise))
 
 
-def products_of(node: Node) -> tuple[tuple[Node, Node], ...]:
-    """The operands of each matrix product that a node is, or is a sum of."""
-    if node.target is aten.mm.default:
-        return (arguments(node)[:2],)
-    if node.target is aten.addmm.default:
-        return (arguments(node)[1:3],)
-    if isinstance(node.target, functools.partial) and node.target.func.__name__ == "mm_plus_mm":
-        # Inductor's pattern for it has been at work already, where it tunes matrix products.
-        first, second, third, fourth = (node.kwargs[f"mat{i}"] for i in range(1, 5))
-        return (first, second), (third, fourth)  # type: ignore[return-value]
-    return ()
+def product_of(node: Node) -> tuple[Node, Node] | None:
+    """The operands of the matrix product that a node is, or None."""
+    if node.target in (aten.mm.default, aten.addmm.default):
+        left, right = arguments(node)[0 if node.target is aten.mm.default else 1 :][:2]
+        return left, right
+    return None
