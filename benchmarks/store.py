@@ -27,11 +27,6 @@ BESIDE = ("roofline", "op")
 """Shown beside the providers, not among them: the roofline is no gate, and the op called by itself
 is the same kernel with programmatic dependent launch, which generated code cannot ask for."""
 
-# Words of files from before 0.2.
-COLUMNS = {"chain": "workload", "arm": "provider"}
-PROVIDERS = {"limit": "roofline", "peer": "sglang"}
-KINDS = {"core": "workloads", "blocks": "modules", "peer": "sglang", "launch-rule": "launch-config"}
-
 
 def header(device: str, arguments: list[str]) -> Row:
     """What is measured with what, and when; of several GPUs the first visible one is named. Of
@@ -92,17 +87,6 @@ def write(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def in_todays_words(content: dict[str, Any]) -> dict[str, Any]:
-    """A file's content with the columns, kinds and providers of today."""
-    rows = [{COLUMNS.get(name, name): value for name, value in r.items()} for r in content["rows"]]
-    for row in rows:
-        if "provider" in row:
-            row["provider"] = PROVIDERS.get(row["provider"], row["provider"])
-        if row.get("what") == "compile":  # before warm caches were measured none was named
-            row.setdefault("cache", "cold")
-    return {**content, "kind": KINDS.get(content["kind"], content["kind"]), "rows": rows}
-
-
 @dataclass
 class Results:
     """Frames with a row for each case and provider: ``cases`` of the workloads, ``modules`` of
@@ -125,8 +109,9 @@ def matches(frame: pd.DataFrame, where: dict[str, Any]) -> pd.Series:
 def read(path: Path) -> dict[str, Any]:
     """A file's content; BenchError if there is none, or it is no result file."""
     try:
-        content = in_todays_words(json.loads(path.read_text()))
-        if isinstance(content["header"]["date"], str):
+        content: dict[str, Any] = json.loads(path.read_text())
+        rows = all(isinstance(row, dict) for row in content["rows"])
+        if rows and isinstance(content["header"]["date"], str):
             return content
     except OSError as error:
         raise BenchError(f"{path} cannot be read: {error.strerror}") from None
@@ -247,7 +232,7 @@ def _with_ratios(cases: pd.DataFrame) -> pd.DataFrame:
     best = others.drop_duplicates(CASE).assign(best=others["provider"] + ", " + others["mode"])
     cases["best_us"] = _look_up(cases, best, "median_us", [])
     cases["best"] = _look_up(cases, best, "best", [])
-    baseline = pd.read_csv(ROOT / "benchmarks" / "peers.csv", comment="#").rename(columns=COLUMNS)
+    baseline = pd.read_csv(ROOT / "benchmarks" / "peers.csv", comment="#")
     merged = cases.merge(baseline, on=["workload", "H", "N"], how="left")
     cases["baseline_us"] = merged["peer_pdl"].where(cases["dtype"] == DTYPE)
     return cases

@@ -151,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     content: dict[str, Any] = {"kind": "vllm", "header": store.header(device, given)}
     content |= {"model": arguments.model + ", tiny" * arguments.tiny, "config": config}
     content |= {"layers": config["num_hidden_layers"], "engines": {}, "errors": [], "rows": []}
+    content["tensor_parallel"] = arguments.tensor_parallel
     out = store.new_path(arguments.out, f"vllm-{arguments.model}")
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)

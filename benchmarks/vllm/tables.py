@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pandas as pd
 from benchmarks.tables import markdown, number
 
 BASE, FUSED = "vllm", "plugin"
+ALL_REDUCE = re.compile("AllReduce|cross_device_reduce")
 HEADINGS = {
     "new_tokens_per_s": "Output tokens per second",
     "busy_us": "Device busy, µs per step",
@@ -41,12 +43,18 @@ def title(content: dict[str, Any]) -> str:
     versions = dict.fromkeys(f"vLLM {e['vllm']}" for e in content["engines"].values())
     parts = [content["model"], f"{content['layers']} layers", *versions]
     starts = len({row.get("start", 0) for row in content["rows"]})
+    if (size := content.get("tensor_parallel", 1)) > 1:
+        parts.append(f"tensor parallel on {size} GPUs, all-reduces not counted")
     return ", ".join(parts + [f"{starts} starts of each engine"] * (starts > 1))
 
 
 def frame_of(content: dict[str, Any]) -> pd.DataFrame:
     """A row for each provider, workload and start, with what its profile says."""
     rows = [{"start": 0} | (row.get("profile") or {}) | row for row in content["rows"]]
+    if content.get("tensor_parallel", 1) > 1:  # an all-reduce waits for the slower rank
+        for row in (row for row in rows if "by_name" in row):
+            waits = (k["us_per_step"] for k in row["by_name"] if ALL_REDUCE.search(k["name"]))
+            row |= {"busy_us": None, "kernel_us": row["kernel_us"] - sum(waits)}
     columns = ["provider", "name", "start", *HEADINGS, "by_name", "spread", "repeats"]
     frame = pd.DataFrame(rows).reindex(columns=columns)
     once = frame["repeats"].fillna(0) < 2  # too few for a throughput

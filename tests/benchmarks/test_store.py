@@ -88,16 +88,6 @@ def test_ratios_and_costs_are_taken_within_a_mode() -> None:
     assert row.best_us == 2.0
 
 
-def test_files_from_before_are_read_in_todays_words() -> None:
-    rows = [{"chain": "mul", "arm": "limit"}, {"what": "compile", "arm": "inductor"}]
-    content = store.in_todays_words({"kind": "core", "header": {}, "rows": rows})
-    assert content["kind"] == "workloads"
-    assert content["rows"] == [
-        {"workload": "mul", "provider": "roofline"},
-        {"what": "compile", "provider": "inductor", "cache": "cold"},
-    ]
-
-
 def test_header_names_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {(): "GPU A, 580\nGPU B, 580", ("-i", "1"): "GPU B, 580"}
     monkeypatch.setattr(store, "_output", lambda *command: found[command[3:]])
