@@ -1,5 +1,4 @@
-"""What the laboratory measures: single modules of transformers at their real widths, with random
-weights, and published configurations for engines of vLLM."""
+"""Modules of transformers at their real widths, and published configurations for engines."""
 
 from __future__ import annotations
 
@@ -71,16 +70,13 @@ CONFIGS = ROOT / "examples" / "configs"
 _NEXT = dict(rope_theta=1e7, partial_rotary_factor=0.25, bos_token_id=1, eos_token_id=2)
 _BF16 = ("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba", "linear_attn.conv1d")
 _KEPT = [f"model.layers.{i}.{part}" for i in range(48) for part in _BF16]
-_FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic") | dict(
-    weight_block_size=[128, 128], modules_to_not_convert=["lm_head", *_KEPT]
-)
+_FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic")
+_FP8 |= dict(weight_block_size=[128, 128], modules_to_not_convert=["lm_head", *_KEPT])
+_IN_FP8 = dict(num_hidden_layers=24, quantization_config=_FP8)
 ENGINE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen1.5-moe-a2.7b", {}),
     "qwen3_next": ("qwen3-next-80b-a3b", _NEXT | dict(num_hidden_layers=12)),
-    "qwen3_next_fp8": (
-        "qwen3-next-80b-a3b",
-        _NEXT | dict(num_hidden_layers=24, quantization_config=_FP8),
-    ),
+    "qwen3_next_fp8": ("qwen3-next-80b-a3b", _NEXT | _IN_FP8),
 }
 """File of CONFIGS, and what the engines have instead."""
 _ENGINE_TINY: dict[str, Any] = (

@@ -110,8 +110,8 @@ def read(path: Path) -> dict[str, Any]:
     """A file's content; BenchError if there is none, or it is no result file."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        rows = all(isinstance(row, dict) for row in content["rows"])
-        if rows and isinstance(content["header"]["date"], str):
+        of = {type(part) for part in (content, content["header"], *content["rows"])}
+        if of == {dict} and isinstance(content["header"]["date"], str):
             return content
     except OSError as error:
         raise BenchError(f"{path} cannot be read: {error.strerror}") from None

@@ -16,8 +16,7 @@ engines that are up together have a GPU each, work at once, and change places at
 
 A ``plugin`` in which no gate was fused is refused, and so is another engine in which one was. The
 result file has a row for each provider, workload and start: seconds of each round, tokens per
-second, and what a profiled step holds, by kernel. DIR also gets the engines' logs. gatefuse need
-not be installed: where its entry point is not found, the engines get it from pyproject.toml.
+second, and what a profiled step holds, by kernel. DIR also gets the engines' logs.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from benchmarks.vllm import tables as vllm_tables
 from benchmarks.vllm.engine import Workload
 from benchmarks.vllm.group import Group, Remote
 
+LAUNCHED = {"distributed_executor_backend": "external_launcher"}
 OFF, NO_OVERLAP = {"GATEFUSE_DISABLE": "1"}, {"VLLM_DISABLE_SHARED_EXPERTS_STREAM": "1"}
 PROVIDERS: dict[str, dict[str, str]] = {
     "vllm": OFF,
@@ -84,7 +84,9 @@ def engine_arguments(model: str, folder: Path, tiny: bool) -> dict[str, Any]:
 
 
 def ranks_of(size: int) -> list[dict[str, str]]:
-    """Variables of each rank's process, as torchrun would set them."""
+    """Variables of each rank's process, as torchrun would set them; none for a single one."""
+    if size == 1:
+        return [{}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -108,7 +110,7 @@ def environment_of(provider: str, site: Path) -> dict[str, str]:
 
 
 def write_entry_point(site: Path) -> None:
-    """Of the plugin, where no installed distribution has it."""
+    """Of the plugin, where no installed distribution has it: gatefuse need not be installed."""
     group = "vllm.general_plugins"
     if any(p.name == "gatefuse" for p in importlib.metadata.entry_points(group=group)):
         return
@@ -127,8 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="another number of layers")
     parser.add_argument("--providers", type=chosen(PROVIDERS), default=DEFAULT)
     names = [w.name for w in (*WORKLOADS, *TINY_WORKLOADS, *LONG)]
-    default = tuple(names[: -len(LONG)])
-    parser.add_argument("--workloads", type=chosen(names), default=default)
+    parser.add_argument("--workloads", type=chosen(names), default=names[: -len(LONG)])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--starts", type=int, default=1, help="starts of each engine")
     parser.add_argument("--gpus", type=int, default=1, help="that engines are spread over")
@@ -141,7 +142,6 @@ def main(argv: list[str] | None = None) -> int:
     workloads = [w for w in all_ if w.name in arguments.workloads]
     if not workloads:
         parser.error(f"workloads are {', '.join(w.name for w in all_)}")
-
     import torch
 
     begin = time.monotonic()
@@ -166,10 +166,8 @@ def main(argv: list[str] | None = None) -> int:
                 environment["CUDA_VISIBLE_DEVICES"] = str((index + number) % arguments.gpus)
             log = arguments.out / f"{out.stem}-{provider}{f'-{number}' if number else ''}.log"
             options = engine_arguments(arguments.model, place / "model", arguments.tiny)
-            if (size := arguments.tensor_parallel) == 1:
-                return Remote(provider, options, environment, log, deadline)
-            options |= dict(tensor_parallel_size=size)
-            options["distributed_executor_backend"] = "external_launcher"
+            if (size := arguments.tensor_parallel) > 1:
+                options |= dict(tensor_parallel_size=size, **LAUNCHED)
             return Remote(provider, options, environment, log, deadline, ranks_of(size))
 
         deadline = begin + arguments.time_budget

@@ -29,8 +29,8 @@ class EngineError(Exception):
 
 
 class Remote:
-    """An engine in another process, which starts with ``environment``; of tensor-parallel ranks,
-    each in a process of its own that starts with what ``ranks`` has for it as well."""
+    """An engine in another process, or in one for each of its tensor-parallel ranks. It starts with
+    ``environment``, and a rank with what is its in ``ranks`` as well."""
 
     def __init__(
         self,
@@ -43,14 +43,9 @@ class Remote:
     ) -> None:
         self.provider, self.log, self.deadline = provider, log, deadline
         context = multiprocessing.get_context("spawn")
-        initial = [
-            (environment | rank, log.with_suffix(f".{i}.log") if i else log)
-            for i, rank in enumerate(ranks)
-        ]
-        self._pools = [
-            ProcessPool(1, initializer=engine.begin, initargs=args, context=context)
-            for args in initial
-        ]
+        logs = [log, *(log.with_suffix(f".{i}.log") for i in range(1, len(ranks)))]
+        starts = [(environment | rank, path) for rank, path in zip(ranks, logs)]
+        self._pools = [ProcessPool(1, 0, engine.begin, start, context) for start in starts]
         self._answers = self._schedule(engine.start, provider, arguments)
 
     def _schedule(self, function: Callable[..., Any], *args: Any) -> list[Future[Any]]:
@@ -64,8 +59,7 @@ class Remote:
     def answer(self) -> Any:
         """The first rank's, once all have answered."""
         try:
-            first, *_ = [answer.result() for answer in self._answers]
-            return first
+            return next(iter([answer.result() for answer in self._answers]))
         except Exception as error:  # TimeoutError: too late; ProcessExpired: the log says why
             raise EngineError(f"{self.provider}: {error!r}") from error
 
@@ -76,7 +70,6 @@ class Remote:
     def close(self) -> None:
         for pool in self._pools:
             pool.stop()
-        for pool in self._pools:
             pool.join()
 
 

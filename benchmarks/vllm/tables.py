@@ -43,8 +43,8 @@ def title(content: dict[str, Any]) -> str:
     versions = dict.fromkeys(f"vLLM {e['vllm']}" for e in content["engines"].values())
     parts = [content["model"], f"{content['layers']} layers", *versions]
     starts = len({row.get("start", 0) for row in content["rows"]})
-    if (size := content.get("tensor_parallel", 1)) > 1:
-        parts.append(f"tensor parallel on {size} GPUs, all-reduces not counted")
+    size = content.get("tensor_parallel", 1)
+    parts += [f"tensor parallel on {size} GPUs, all-reduces not counted"] * (size > 1)
     return ", ".join(parts + [f"{starts} starts of each engine"] * (starts > 1))
 
 
