@@ -109,7 +109,7 @@ def test_each_mistake_has_its_sentence() -> None:
     ]
     said = [nothing_compiled([], case, None) for case in cases]
     assert len(set(said)) == len(cases)
-    assert "Call to print Explanation: why" in str(said[6])
+    assert "Call to print: why" in str(said[6])
     assert nothing_compiled([], Activity(), "a note") == "a note"
 
 
