@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -31,18 +32,19 @@ class Training(nn.Module):
         return x.float().square().mean()
 
 
-def losses(model: nn.Module, batches: list[Tensor], compiled: bool) -> list[float]:
-    model = copy.deepcopy(model)
+def losses(
+    model: nn.Module, start: dict[str, Tensor], batches: list[Tensor], run: Any
+) -> list[float]:
+    """Of STEPS steps from the weights ``start`` on; ``run`` calls the model."""
+    model.load_state_dict(start)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    torch._dynamo.reset()
-    function = torch.compile(model, dynamic=False) if compiled else model
     found = []
     for step in range(STEPS):
-        loss = function(batches[step % len(batches)])
+        loss = run(batches[step % len(batches)])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(float(loss))
+        found.append(loss.item())
     return found
 
 
@@ -54,15 +56,18 @@ def test_losses_are_those_of_eager(name: str, checkpointed: bool) -> None:
     batches = [models.embeddings(2, 6) for _ in range(2)]
     # On the CPU, the rewrite of the gradients that a GPU has.
     keep = mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", return_value=None)
+    start = copy.deepcopy(model.state_dict())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=False)
     with keep, gatefuse.fusing() as report:
-        fused = losses(model, batches, compiled=True)
-        again = losses(model, batches, compiled=True)
+        fused = losses(model, start, batches, compiled)
+        again = losses(model, start, batches, compiled)
     assert fused == again
     forward = [g for g in report.graphs if g.phase == "forward"]
     assert [g.fused for g in forward] == [models.gates(model)] * len(forward)
     gradients = [r for g in report.graphs for r in g.gradients]
     assert len(gradients) == len(report.graphs) - len(forward) > 0
     assert all(r.rewritten and not r.reason for r in gradients)
-    eager = losses(model, batches, compiled=False)
+    eager = losses(model, start, batches, model)
     assert eager[0] != eager[-1]
     torch.testing.assert_close(torch.tensor(fused), torch.tensor(eager), rtol=1e-5, atol=1e-5)
