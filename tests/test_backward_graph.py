@@ -22,6 +22,7 @@ import gatefuse
 from gatefuse.bench.workloads import call, make_set
 from gatefuse.inductor import cost_model, gradient_rewriter
 from gatefuse.records import GradientReport
+from gatefuse.summary import gradients_as_text
 from tests.support.cuda_codegen import cuda_codegen, local_memory, on_cuda
 from tests.support.cuda_rewrites import emulate_coordinate_descent
 from tests.support.graphs import capture_post_grad
@@ -267,3 +268,10 @@ def test_on_a_gpu_rows_of_the_backward_stay_in_registers(H: int, tmp_path: Path)
         if workload == "mul-training":
             (rows,) = (name for name in code.kernels if name.startswith("triton_per"))
             assert local_memory(code, rows, tmp_path) == 0
+
+
+def test_a_gate_without_its_linear_is_told_of() -> None:
+    """After a graph break the logit is an input, and its gradient is all that the graph has."""
+    alone = GradientReport("mul_1", None, None, None, reason="because")
+    found = gradients_as_text(alone)
+    assert found == "neither the input's nor the weight's is in this graph (because)"
