@@ -43,21 +43,16 @@ def value_and_logit(operands: Operands, dtype: torch.dtype) -> tuple[Tensor, Ten
     return (out if addend is None else out + addend.to(dtype)), logit
 
 
-def gradients(
-    grad: Tensor, operands: Operands, needed: Operands, logit: Tensor | None = None
-) -> Operands:
+def gradients(grad: Tensor, operands: Operands, needed: Operands) -> Operands:
     """The gradients of those operands that ``needed`` says, each in its operand's dtype, None for
     the others; the addend's, which is ``grad``, is left out.
 
-    Computed in float32, or float64 if a tensor is. logit: ``[..., 1]``, computed anew if None.
+    Computed in float32, or float64 if a tensor is.
     """
     input, weight, value, bias, _ = operands
     dtype = result_dtype(torch.float32, *(t.dtype for t in (input, weight, value, grad)))
     g = grad.to(dtype)
-    if logit is None:
-        _, s = _logit_and_gate(input, weight, bias, dtype)
-    else:
-        s = torch.sigmoid(logit.to(dtype))
+    _, s = _logit_and_gate(input, weight, bias, dtype)
     s = s.reshape(*input.shape[:-1], 1)
     grad_input = grad_weight = grad_bias = grad_value = None
     if needed.value:

@@ -1,6 +1,6 @@
 """The op's gradients: ``linear_sigmoid_mul_backward``, and when it serves.
 
-``torch.ops.gatefuse.linear_sigmoid_mul_backward(grad, input, weight, value, bias, logit, needed)``
+``torch.ops.gatefuse.linear_sigmoid_mul_backward(grad, input, weight, value, bias, needed)``
 returns the gradients of input, weight, value and bias; of those not needed, as of any that ATen
 does not compute, nothing. On a CUDA, HIP or XPU device it is two launches of Triton kernels,
 elsewhere plain ATen.
@@ -21,7 +21,7 @@ __all__ = ["gradients"]
 _LIBRARY = torch.library.Library("gatefuse", "FRAGMENT")
 _LIBRARY.define(
     "linear_sigmoid_mul_backward(Tensor grad, Tensor input, Tensor weight, Tensor value,"
-    " Tensor? bias, Tensor? logit, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? bias, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -43,20 +43,17 @@ def gradients(grad: Tensor, operands: Operands, needed: Operands) -> Operands:
         return formulas.gradients(grad, operands, needed)
     input, weight, value, bias, _ = operands
     op = torch.ops.gatefuse.linear_sigmoid_mul_backward.default
-    return Operands(*op(grad, input, weight, value, bias, None, needed[:4]))
+    return Operands(*op(grad, input, weight, value, bias, needed[:4]))
 
 
-def _triton(
-    grad: Tensor, operands: Operands, logit: Tensor | None, needed: Operands
-) -> Operands | None:
+def _triton(grad: Tensor, operands: Operands, needed: Operands) -> Operands | None:
     """The kernels' results, or None where ATen has to serve."""
     input, weight, value, bias, _ = operands
     try:
         from gatefuse import backward_kernel
     except ImportError:  # a device without Triton
         return None
-    present = [t for t in (grad, logit, *operands.present()) if t is not None]
-    if not KERNEL_DTYPES.issuperset(t.dtype for t in present):
+    if not KERNEL_DTYPES.issuperset(t.dtype for t in (grad, *operands.present())):
         return None
     widths = input.shape[-1], value.shape[-1]
     if not 0 < min(widths) <= max(widths) <= backward_kernel.WIDEST:
@@ -82,7 +79,6 @@ def _triton(
             as_rows(input),
             weight.contiguous(),
             bias,
-            None if logit is None else logit.reshape(-1),
             rows.value,
             rows.input,
             rows.weight,
@@ -107,13 +103,12 @@ def _implement(key: str, gpu: bool) -> None:
         weight: Tensor,
         value: Tensor,
         bias: Tensor | None,
-        logit: Tensor | None,
         needed: list[bool],
     ) -> tuple[Tensor | None, ...]:
         operands = Operands(input, weight, value, bias)
         wanted = Operands(*needed)
-        found = _triton(grad, operands, logit, wanted) if gpu else None
-        return (found or formulas.gradients(grad, operands, wanted, logit))[:4]
+        found = _triton(grad, operands, wanted) if gpu else None
+        return (found or formulas.gradients(grad, operands, wanted))[:4]
 
     _LIBRARY.impl("linear_sigmoid_mul_backward", linear_sigmoid_mul_backward, key)
 
@@ -130,7 +125,6 @@ def _fake(
     weight: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    logit: Tensor | None,
     needed: list[bool],
 ) -> tuple[Tensor | None, ...]:
     operands = (input, weight, value, bias)

@@ -219,8 +219,7 @@ def _fake_logit(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    # Not the logits: the backward reads the input for the weight's gradient, and has them again
-    # for nothing.
+    # Not the logits: the backward reads the input anyway, for the weight's gradient.
     input, weight, value, bias, addend = Operands(*inputs)
     ctx.save_for_backward(input, weight, value, bias)
     ctx.addend_dtype = None if addend is None else addend.dtype

@@ -145,8 +145,8 @@ def grouped(found: Iterable[_Found], key: Callable[[_Found], _Key]) -> dict[_Key
 
 def gradients_as_text(found: GradientReport) -> str:
     """What became of a gate's gradients, in a line."""
-    named = (("input's", found.input), ("weight's", found.weight))
-    text = "; ".join(f"the {name} {form}" for name, form in named if form)
+    named = (("input", found.input), ("weight", found.weight))
+    text = "; ".join(f"{name}: {form}" for name, form in named if form)
     text = text or "neither the input's nor the weight's is in this graph"
     return f"{text} ({found.reason})" if found.reason else text
 

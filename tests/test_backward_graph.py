@@ -134,36 +134,74 @@ def test_where_inductor_tunes() -> None:
     assert found.reason == "where Inductor tunes, its own are not slower"
 
 
-def test_generated_code_adds_the_product():
-    """Not the library, which would read it from memory, as in PyTorch 2.13 and later."""
-    graph = torch.fx.Graph()
+class Backward:
+    """The graph of a gate's backward by hand, as far as the logit's gradient ``dz``, [9, 1]."""
 
-    def value(*shape: int) -> Tensor:
-        return torch.empty(*shape, device="meta")
+    def __init__(self) -> None:
+        self.graph = torch.fx.Graph()
+        shapes = {
+            "grad": (9, 32),
+            "v": (9, 32),
+            "z": (9, 1),
+            "w": (1, 32),
+            "a": (9, 4),
+            "b": (4, 32),
+        }
+        self.inputs = {name: self.graph.placeholder(name) for name in shapes}
+        for name, node in self.inputs.items():
+            node.meta["val"] = torch.empty(*shapes[name], device="meta")
+        grad, v, z = (self.inputs[name] for name in ("grad", "v", "z"))
+        gate = self.call(aten.sigmoid.default, z)
+        slope = self.call(aten.mul.Tensor, gate, self.call(aten.sub.Tensor, 1, gate))
+        row_sum = self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, grad, v), [1], True)
+        self.dz = self.call(aten.mul.Tensor, row_sum, slope)
 
-    grad, v, z, w, a, b = (graph.placeholder(name) for name in "gvzwab")
-    shapes = [(9, 32), (9, 32), (9, 1), (1, 32), (9, 4), (4, 32)]
-    for node, shape in zip((grad, v, z, w, a, b), shapes, strict=True):
-        node.meta["val"] = value(*shape)
-
-    def call(target: Any, *args: Any) -> torch.fx.Node:
-        node = graph.call_function(target, args)
-        node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        values = torch.fx.map_arg(args, lambda n: n.meta["val"])
+        node.meta["val"] = target(*values, **kwargs)
         return node
 
-    gate = call(aten.sigmoid.default, z)
-    slope = call(aten.mul.Tensor, gate, call(aten.sub.Tensor, 1, gate))
-    row_sum = call(aten.sum.dim_IntList, call(aten.mul.Tensor, grad, v), [1], True)
-    product = call(aten.mul.Tensor, call(aten.mul.Tensor, row_sum, slope), w)
-    graph.output((call(aten.addmm.default, product, a, b), call(aten.mul.Tensor, grad, gate)))
-    with mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", return_value=None):
-        (found,) = gradient_rewriter.rewrite_gradients(graph, gatefuse.Options())
-    graph.lint()
+    def rewritten(self, *outputs: torch.fx.Node) -> GradientReport:
+        self.graph.output(outputs)
+        with mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", return_value=None):
+            (found,) = gradient_rewriter.rewrite_gradients(self.graph, gatefuse.Options())
+        self.graph.lint()
+        return found
+
+
+def test_generated_code_adds_the_product():
+    """Not the library, which would read it from memory, as in PyTorch 2.13 and later."""
+    backward = Backward()
+    a, b = backward.inputs["a"], backward.inputs["b"]
+    product = backward.call(aten.mul.Tensor, backward.dz, backward.inputs["w"])
+    found = backward.rewritten(backward.call(aten.addmm.default, product, a, b))
     assert (found.rewritten, found.reason) == (1, "")
-    assert not graph.find_nodes(op="call_function", target=aten.addmm.default)
-    (library,) = graph.find_nodes(op="call_function", target=aten.mm.default)
+    assert not backward.graph.find_nodes(op="call_function", target=aten.addmm.default)
+    (library,) = backward.graph.find_nodes(op="call_function", target=aten.mm.default)
     assert library.args == (a, b)
-    assert {*graph.output_node().args[0][0].args} == {library, product}
+    assert {*backward.graph.output_node().args[0][0].args} == {library, product}
+
+
+@pytest.mark.parametrize("scale", ["alpha", "beta"])
+def test_a_scaled_product_is_left_alone(scale: str) -> None:
+    backward = Backward()
+    grad, w = backward.inputs["grad"], backward.inputs["w"]
+    scaled = backward.call(aten.addmm.default, grad, backward.dz, w, **{scale: 2})
+    found = backward.rewritten(scaled)
+    assert (found.rewritten, found.reason) == (0, "the product is scaled")
+    assert backward.graph.output_node().args[0] == (scaled,)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_among_several_random_draws_it_is_left_alone(draws: int) -> None:
+    """Other kernels might draw in another order."""
+    backward = Backward()
+    drawn = [backward.call(aten.rand_like.default, backward.inputs["z"]) for _ in range(draws)]
+    product = backward.call(aten.mm.default, backward.dz, backward.inputs["w"])
+    found = backward.rewritten(product, *drawn)
+    several = "random numbers are drawn more than once in this graph"
+    assert (found.rewritten, found.reason) == ((1, "") if draws == 1 else (0, several))
 
 
 def test_recomputed_in_the_backward():
@@ -211,18 +249,13 @@ def test_in_the_graph():
         out.sum().backward()
     graph = graphs[1]
     assert len(columns(graph)) == 1
-    before = [
-        (n.meta["val"].shape, n.meta["val"].stride()) for n in graph.output_node().args[0] if n
-    ]
+    before = layouts(graph)
     keep = mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", return_value=None)
     with keep:
         gradient_rewriter.rewrite_gradients(graph, gatefuse.Options())
     graph.lint()
     assert not columns(graph)
-    after = [
-        (n.meta["val"].shape, n.meta["val"].stride()) for n in graph.output_node().args[0] if n
-    ]
-    assert after == before
+    assert layouts(graph) == before
     # Seen again, there is nothing left to do.
     with keep:
         (again,) = gradient_rewriter.rewrite_gradients(graph, gatefuse.Options())

@@ -90,11 +90,11 @@ class Training(nn.Module):
     """A workload with its backward. Inputs: the workload's, and a gradient of each of its outputs;
     outputs: the workload's, and the gradients of inputs and weights."""
 
-    def __init__(self, workload: Any) -> None:
+    def __init__(self, make: Callable[[int], Any], H: int) -> None:
         super().__init__()
-        self.workload = workload
-        self.kernels = 2 * workload.kernels
-        self.inputs = workload.inputs
+        self.workload = make(H)
+        self.kernels = 2 * self.workload.kernels
+        self.inputs = self.workload.inputs
 
     def step(self, function: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
         """Forward by ``function`` and backward."""
@@ -129,13 +129,11 @@ WORKLOADS: dict[str, Callable[[int], Any]] = {
     "glue": Glue,
     "glue" + NO_GATE: functools.partial(Glue, gated=False),
 }
-
-
-def _training(name: str, H: int) -> Training:
-    return Training(WORKLOADS[name](H))
-
-
-WORKLOADS |= {n + TRAINING: functools.partial(_training, n) for n in ("mul", "add", "glue")}
+WORKLOADS |= {
+    name + TRAINING: functools.partial(Training, make)
+    for name, make in WORKLOADS.items()
+    if not name.endswith(NO_GATE)
+}
 """By name. The laboratory adds its own."""
 
 InputSet = tuple[Any, tuple[Tensor, ...]]
