@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 
-from gatefuse import kernels
+from gatefuse import backward_kernel, kernels
 from gatefuse.kernels import LaunchConfig, launch_config
 from tests.support.cuda_codegen import (
     MI300X,
@@ -109,25 +109,33 @@ def every_launch(target: GPUTarget) -> list[Launch]:
 
 
 class Compiler:
-    """Stands in for the kernel: what is launched is compiled, with the arguments' alignment."""
+    """Stands in for a kernel: what is launched is compiled, with the arguments' alignment."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
         self.compiled: Any = None
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
-            self.compiled = _kernel.warmup(*arguments, grid=grid, **options)
+            self.compiled = self.kernel.warmup(*arguments, grid=grid, **options)
 
         return launch
 
 
-_kernel = kernels.linear_sigmoid_mul_kernel
+def compiler_of(module: Any, name: str) -> Any:
+    """A patch: the module's kernel is compiled and not launched."""
+    return mock.patch.object(module, name, Compiler(getattr(module, name)))
+
+
+def on(target: GPUTarget) -> Any:
+    """A patch: Triton compiles for the target."""
+    number = 1000 + list(TARGETS.values()).index(target)
+    return mock.patch.object(triton.runtime.driver, "_active", Driver(target, number))
 
 
 def compile_launch(target: GPUTarget, launch: Launch) -> Any:
     """What `kernels.launch` would compile on a GPU, with every operand."""
     rows = 3
-    number = 1000 + list(TARGETS.values()).index(target)
 
     def make(*shape: int, dtype: torch.dtype = launch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -135,10 +143,7 @@ def compile_launch(target: GPUTarget, launch: Launch) -> Any:
     x, weight, bias = make(rows, launch.H), make(1, launch.H), make(1)
     value, addend, out = (make(rows, launch.D) for _ in range(3))
     logit = make(rows, dtype=torch.float32)
-    with (
-        mock.patch.object(triton.runtime.driver, "_active", Driver(target, number)),
-        mock.patch.object(kernels, "linear_sigmoid_mul_kernel", Compiler()) as compiler,
-    ):
+    with on(target), compiler_of(kernels, "linear_sigmoid_mul_kernel") as compiler:
         kernels.launch(
             *(x, weight, value, bias, addend, out, logit),
             pdl=launch.pdl,
@@ -208,6 +213,30 @@ def test_other_widths(name: str, h: int, d: int, tmp_path: Path) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         config = launch_config(64, h, d, dtype.itemsize, addend=True, dependent=pdl)
         check(target, Launch(h, d, dtype, config, pdl), tmp_path)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    ("h", "d"), [(64, 64), (2048, 2048), (2500, 100), (4096, 4096), (8192, 8192)]
+)
+def test_the_backward(name: str, h: int, d: int, tmp_path: Path) -> None:
+    """Both kernels, with all operands; rows and the sums over them fit into registers."""
+    target = target_or_skip(name)
+    for dtype in (torch.bfloat16, torch.float32):
+        grad, v, grad_v = (torch.empty(3, d, dtype=dtype, device="meta") for _ in range(3))
+        x, grad_x = (torch.empty(3, h, dtype=dtype, device="meta") for _ in range(2))
+        w, grad_w = (torch.empty(1, h, dtype=dtype, device="meta") for _ in range(2))
+        b, grad_b = (torch.empty(1, dtype=dtype, device="meta") for _ in range(2))
+        with (
+            on(target),
+            compiler_of(backward_kernel, "linear_sigmoid_mul_backward_kernel") as rows,
+            compiler_of(backward_kernel, "add_parts_kernel") as parts,
+        ):
+            backward_kernel.launch(
+                *(grad, v, x, w, b, grad_v, grad_x, grad_w, grad_b), multiprocessors=132
+            )
+        for kernel in (rows, parts):
+            assert spilled(kernel.compiled.asm, tmp_path) == 0
 
 
 # --- Inductor's code for ROCm -----------------------------------------------------------------
