@@ -59,7 +59,8 @@ class Remote:
     def answer(self) -> Any:
         """The first rank's, once all have answered."""
         try:
-            return next(iter([answer.result() for answer in self._answers]))
+            answers = [answer.result() for answer in self._answers]
+            return answers[0]
         except Exception as error:  # TimeoutError: too late; ProcessExpired: the log says why
             raise EngineError(f"{self.provider}: {error!r}") from error
 
