@@ -54,33 +54,41 @@ def sizeable_graph(nodes: int, sites: int) -> Graph:
     return graph
 
 
-def seconds(graph: Graph) -> float:
-    """Processor time of the matcher, best of several runs: another process must not count."""
+def seconds(work: Callable[[], object], times: int = 15) -> float:
+    """Processor time, best of several runs: another process must not count."""
     best = float("inf")
     gc.collect()
     gc.disable()
-    for _ in range(15):
+    for _ in range(times):
         start = time.process_time()
-        find_sites(graph)
+        work()
         best = min(best, time.process_time() - start)
     gc.enable()
     return best
 
 
-def test_ten_thousand_nodes_in_20_ms() -> None:
+def test_ten_thousand_nodes_take_less_than_dead_code_elimination() -> None:
+    """Inductor eliminates dead code several times per graph: 55 ms here, the matcher 16 ms.
+
+    Milliseconds would judge the machine.
+    """
     graph = sizeable_graph(10_000, 60)
     assert 9_500 < len(graph.nodes) < 10_500
     sites, rejections = find_sites(graph)
     assert len(sites) == 60
     assert not rejections
     assert all(site.addend is not None for site in sites)
-    assert seconds(graph) < 0.020
+    matcher, elimination = float("inf"), float("inf")
+    for _ in range(5):  # in turns: both see the same machine
+        matcher = min(matcher, seconds(lambda: find_sites(graph), 3))
+        elimination = min(elimination, seconds(graph.eliminate_dead_code, 1))
+    assert matcher < 0.4 * elimination
 
 
 def test_time_is_linear() -> None:
     """Four times the graph takes about four times as long, not sixteen."""
     small, large = sizeable_graph(5_000, 50), sizeable_graph(20_000, 200)
-    assert seconds(large) < 8 * seconds(small)
+    assert seconds(lambda: find_sites(large)) < 8 * seconds(lambda: find_sites(small))
 
 
 @pytest.mark.parametrize(
