@@ -1,15 +1,18 @@
-"""Modules of transformers at their real widths, and published configurations for engines."""
+"""The models of benchmarks and tests: modules at real widths, tiny models, engines."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.store import ROOT
+HERE = Path(__file__).parent
+SIZES = tomllib.loads((HERE / "models.toml").read_text())
 
 
 def modeling_of(name: str) -> Any:
@@ -17,22 +20,26 @@ def modeling_of(name: str) -> Any:
     return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
 
-CLASSES = {"qwen3_next": "Qwen3Next", "qwen2_moe": "Qwen2Moe"}
 FULL_ATTENTION_LAYER = 3  # of Qwen3-Next, whose other layers are gated delta nets
 DECODE_TOKENS = 256
 
-SMALL: dict[str, Any] = dict(
-    hidden_size=64, moe_intermediate_size=32, shared_expert_intermediate_size=64
-) | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-"""Sizes for a try without a GPU."""
+
+def tiny(name: str, **fields: Any) -> tuple[type[nn.Module], Any]:
+    """transformers' class of a model and its smallest configuration that keeps the model's graph;
+    ``fields``: others of the configuration."""
+    model_class = getattr(modeling_of(name), SIZES["models"][name]["class"])
+    values = SIZES["widths"] | SIZES["tiny"] | SIZES["models"][name] | fields
+    del values["class"]
+    if "layer_types" in values:
+        values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
+    return model_class, model_class.config_class(**values)
 
 
 def module_config(name: str, small: bool = False) -> Any:
-    """The model's own sizes, which are the defaults of the configurations, with few experts: as
-    many as a token is routed to, and up to a multiple of eight. Of other widths of the router's
-    product Inductor pads some, as a measurement of its own turns out."""
-    model_class = getattr(modeling_of(name), f"{CLASSES[name]}Model")
-    config = model_class.config_class(**(SMALL if small else {}))
+    """The model's own sizes, which are the defaults of the configurations. Of experts as many as a
+    token is routed to, up to a multiple of eight: some other widths Inductor pads, some not."""
+    model_class = getattr(modeling_of(name), SIZES["models"][name]["class"])
+    config = model_class.config_class(**(SIZES["widths"] if small else {}))
     config.num_experts = -(-config.num_experts_per_tok // 8) * 8
     config._experts_implementation = "grouped_mm"  # the others break the graph or copy weights
     config._attn_implementation = "sdpa"
@@ -47,7 +54,7 @@ def module(
     are a batch of single tokens (decode), more are one sequence (prefill)."""
     config = module_config(name, small)
     classes = modeling_of(name)
-    prefix = CLASSES[name]
+    prefix = SIZES["models"][name]["class"].removesuffix("Model")
     shape = (tokens, 1) if tokens <= DECODE_TOKENS else (1, tokens)
     with torch.device(device):
         if part == "block":
@@ -65,7 +72,7 @@ def module(
     return made.to(torch.bfloat16).eval(), (hidden, cos, sin)
 
 
-CONFIGS = ROOT / "examples" / "configs"
+CONFIGS = HERE.parent / "examples" / "configs"
 # Qwen3-Next in bfloat16: 12 of its 48 layers have 39 GB; in block FP8 24 have 41 GB.
 _NEXT = dict(rope_theta=1e7, partial_rotary_factor=0.25, bos_token_id=1, eos_token_id=2)
 _BF16 = ("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba", "linear_attn.conv1d")
@@ -79,18 +86,11 @@ ENGINE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next_fp8": ("qwen3-next-80b-a3b", _NEXT | _IN_FP8),
 }
 """File of CONFIGS, and what the engines have instead."""
-_ENGINE_TINY: dict[str, Any] = (
-    dict(num_hidden_layers=4, vocab_size=512, hidden_size=128, head_dim=32)
-    | dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=256)
-    | dict(moe_intermediate_size=64, shared_expert_intermediate_size=128, num_experts=4)
-    | dict(num_experts_per_tok=2, linear_key_head_dim=64, linear_value_head_dim=64)
-    | dict(linear_num_key_heads=2, linear_num_value_heads=4)
-)
 
 
 def engine_config(name: str, layers: int | None = None, tiny: bool = False) -> dict[str, Any]:
     """The content of a model's config.json; layers: another number of them."""
     file, other = ENGINE_MODELS[name]
     published = json.loads((CONFIGS / f"{file}.json").read_text())
-    config: dict[str, Any] = published | other | (_ENGINE_TINY if tiny else {})
+    config: dict[str, Any] = published | other | (SIZES["engine"] if tiny else {})
     return config | ({"num_hidden_layers": layers} if layers else {})

@@ -54,3 +54,13 @@ def _code_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+    # What this process finds that compiler and processor can do holds for its children, each of
+    # which would compile and load two programs to find it again.
+    from torch._inductor import config, cpu_vec_isa
+
+    supported = cpu_vec_isa.valid_vec_isa_list()
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    with config.patch({"cpp.vec_isa_ok": True}):
+        if cpu_vec_isa.valid_vec_isa_list() == supported:
+            os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 import gatefuse
 from gatefuse.bench.workloads import call, make_set
-from gatefuse.inductor import cost_model, gradient_rewriter
+from gatefuse.inductor import gradient_rewriter
 from gatefuse.records import GradientReport
 from gatefuse.summary import gradients_as_text
 from tests.support.cuda_codegen import cuda_codegen, local_memory, on_cuda
 from tests.support.cuda_rewrites import emulate_coordinate_descent
+from tests.support.gradients import rewritten_gradients
 from tests.support.graphs import capture_post_grad
 
 aten = torch.ops.aten
@@ -50,9 +50,6 @@ class Checkpointed(Gate):
         return out
 
 
-on_a_gpu = SimpleNamespace(device=torch.device("cuda"))
-
-
 def run(
     model: nn.Module,
     lead: tuple[int, ...],
@@ -75,11 +72,8 @@ def run(
         return list(torch.autograd.grad(out, wanted, seed.to(out.dtype)))
 
     torch._dynamo.reset()
-    # The rewrite is that of a GPU, for which all else has to be right too.
-    as_on_a_gpu = mock.patch.object(cost_model, "tensor_of", return_value=on_a_gpu)
     with contextlib.ExitStack() as stack:
-        if forced:
-            stack.enter_context(as_on_a_gpu)
+        stack.enter_context(rewritten_gradients(forced))
         if tuning:
             stack.enter_context(emulate_coordinate_descent())
         report = stack.enter_context(gatefuse.fusing(**options))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gatefuse
-from gatefuse.inductor import gradient_rewriter
 from tests.support import models
+from tests.support.gradients import rewritten, rewritten_gradients
 
 STEPS = 20
 
@@ -33,17 +32,26 @@ class Training(nn.Module):
 
 
 def losses(
-    model: nn.Module, start: dict[str, Tensor], batches: list[Tensor], run: Any
+    model: nn.Module,
+    start: dict[str, Tensor],
+    batches: list[Tensor],
+    run: Any,
+    *,
+    accumulated: int = 1,
+    compiled_step: bool = False,
 ) -> list[float]:
-    """Of STEPS steps from the weights ``start`` on; ``run`` calls the model."""
+    """Of STEPS batches from the weights ``start`` on; ``run`` calls the model. accumulated: batches
+    for each step of the optimizer. compiled_step: the optimizer's step is compiled."""
     model.load_state_dict(start)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer_step = torch.compile(optimizer.step) if compiled_step else optimizer.step
     found = []
-    for step in range(STEPS):
-        loss = run(batches[step % len(batches)])
+    for batch in range(STEPS):
+        loss = run(batches[batch % len(batches)])
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if (batch + 1) % accumulated == 0:
+            optimizer_step()
+            optimizer.zero_grad()
         found.append(loss.item())
     return found
 
@@ -54,12 +62,10 @@ def test_losses_are_those_of_eager(name: str, checkpointed: bool) -> None:
     torch.manual_seed(0)
     model = Training(models.build(name, num_hidden_layers=1), checkpointed).train()
     batches = [models.embeddings(2, 6) for _ in range(2)]
-    # On the CPU, the rewrite of the gradients that a GPU has.
-    keep = mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", return_value=None)
     start = copy.deepcopy(model.state_dict())
     torch._dynamo.reset()
     compiled = torch.compile(model, dynamic=False)
-    with keep, gatefuse.fusing() as report:
+    with rewritten_gradients(), gatefuse.fusing() as report:
         fused = losses(model, start, batches, compiled)
         again = losses(model, start, batches, compiled)
     assert fused == again
@@ -69,5 +75,22 @@ def test_losses_are_those_of_eager(name: str, checkpointed: bool) -> None:
     assert len(gradients) == len(report.graphs) - len(forward) > 0
     assert all(r.rewritten and not r.reason for r in gradients)
     eager = losses(model, start, batches, model)
+    assert eager[0] != eager[-1]
+    torch.testing.assert_close(torch.tensor(fused), torch.tensor(eager), rtol=1e-5, atol=1e-5)
+
+
+def test_accumulated_gradients_and_a_compiled_optimizer() -> None:
+    """Gradients are added to those of the batch before, and the compiled step has no gate."""
+    torch.manual_seed(0)
+    model = Training(models.build("qwen2_moe", num_hidden_layers=1), checkpointed=False).train()
+    batches = [models.embeddings(2, 6) for _ in range(2)]
+    start = copy.deepcopy(model.state_dict())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=False)
+    with rewritten_gradients(), gatefuse.fusing() as report:
+        fused = losses(model, start, batches, compiled, accumulated=2, compiled_step=True)
+    assert rewritten(report) == 1
+    assert sum(g.fused for g in report.graphs) == 1
+    eager = losses(model, start, batches, model, accumulated=2)
     assert eager[0] != eager[-1]
     torch.testing.assert_close(torch.tensor(fused), torch.tensor(eager), rtol=1e-5, atol=1e-5)

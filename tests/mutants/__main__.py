@@ -46,6 +46,7 @@ RECORDED = [
         "other_passes",
         "explain",
         "report",
+        "backward_graph",
     )
 ]
 """Files of tests whose graphs are recorded."""

@@ -20,7 +20,9 @@ from torch.utils import _pytree as pytree
 import gatefuse
 from gatefuse import compat, recording
 from gatefuse.inductor import fusion_pass, match_gate
+from gatefuse.inductor.choices import GRADIENT_KEY
 from gatefuse.inductor.rewriter import META_KEY
+from tests.support.gradients import are_rewritten, rewritten_gradients
 
 __all__ = ["Corpus", "Outcome", "interpreted", "record", "replay"]
 
@@ -28,6 +30,9 @@ _SETTINGS = (
     "batch_invariant",
     "deterministic",
     "emulate_precision_casts",
+    "coordinate_descent_tuning",
+    "max_autotune",
+    "max_autotune_gemm",
     "pre_grad_fusion_options",
     "post_grad_fusion_options",
 )
@@ -45,6 +50,8 @@ class Entry:
     options: gatefuse.Options
     phase: str
     settings: dict[str, Any]
+    rewrites: bool
+    """Gradients are rewritten as on a GPU."""
     expected: Outcome = field(init=False)
     functions: set[str] = field(default_factory=set)
     """Those that the pass calls, by the path of their names."""
@@ -104,13 +111,14 @@ class Corpus:
         settings = {n: getattr(config, n) for n in _SETTINGS if hasattr(config, n)}
         try:
             vals = map(_described, graph.nodes)
-            key = (str(graph), *vals, repr(options), phase, str(settings))
+            rewrites = are_rewritten()
+            key = (str(graph), *vals, repr(options), phase, str(settings), rewrites)
             copied = _copied(graph)
         except Exception:  # no text can be made of it: a function has no name, or no arguments
             return
         if key not in self._seen:
             self._seen.add(key)
-            self.entries.append(Entry(copied, options, phase, settings))
+            self.entries.append(Entry(copied, options, phase, settings, rewrites))
 
 
 def _described(node: Node) -> str:
@@ -247,6 +255,7 @@ def replay(entry: Entry) -> Outcome:
         mock.patch.object(compat, "graph_phase", return_value=entry.phase),
         mock.patch.object(recording, "readable", return_value=""),
         config.patch(entry.settings),
+        rewritten_gradients(entry.rewrites),
         gatefuse.record() as recorded,
     ):
         fusion_pass.GateFusionPass(options)(module.graph)
@@ -262,8 +271,10 @@ def replay(entry: Entry) -> Outcome:
         for n in module.graph.nodes
         if (mark := n.meta.get(META_KEY))
     ]
+    marks += [(n.name,) for n in module.graph.nodes if n.meta.get(GRADIENT_KEY)]
     rejections = [(r.node, r.location, r.reason) for r in graph.rejections]
-    said = (graph.fused, sites, marks, rejections, graph.error, len(module.graph.nodes))
+    told = (sites, marks, rejections, graph.gradients, graph.error)
+    said = (graph.fused, *told, len(module.graph.nodes))
     return Outcome(said, module)
 
 

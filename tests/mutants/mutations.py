@@ -22,6 +22,8 @@ MODULES = (
     "rewriter",
     "cost_model",
     "fusion_pass",
+    "match_backward",
+    "gradient_rewriter",
 )
 
 _STRICTER = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gatefuse
 from tests.routes.gates import SharedExpert, judge_all, make_expert, make_input
+from tests.support.gradients import rewritten, rewritten_gradients
 
 RANKS = 2
 Model = Callable[..., Any]
@@ -39,11 +40,12 @@ def local(t: Tensor) -> Tensor:
 
 
 def step(run: Model, model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The result, and after a backward the gradients of the parameters, whole."""
+    """The result, and after a backward the gradients of the input and the parameters, whole."""
+    x = x.detach().requires_grad_()
     out = run(x)
     out.square().sum().backward()
     results = [local(out.detach())]
-    for p in model.parameters():
+    for p in (x, *model.parameters()):
         assert p.grad is not None
         results.append(local(p.grad))
     return results
@@ -53,15 +55,18 @@ def compare(
     prepare: Callable[[nn.Module], tuple[Model, nn.Module]],
     compiled: Callable[[Model], Model] = torch.compile,
     model: Callable[[], nn.Module] = make_expert,
+    *,
+    same_input: bool = False,
 ) -> gatefuse.Report:
-    """Train for a step eagerly, in float64, and compiled with gatefuse; compare."""
-    x = make_input(seed=dist.get_rank())
+    """Train for a step eagerly, in float64, and compiled with gatefuse and a GPU's rewrite of the
+    gate's gradients; compare."""
+    x = make_input(seed=0 if same_input else dist.get_rank())
     run, wrapped = prepare(model())
     eager = step(run, wrapped, x)
     run, wrapped = prepare(model().double())
     reference = step(run, wrapped, x.double())
     run, wrapped = prepare(model())
-    with gatefuse.fusing() as report:
+    with gatefuse.fusing() as report, rewritten_gradients():
         fused = step(compiled(run), wrapped, x)
     judge_all(fused, eager, reference)
     return report
@@ -69,14 +74,13 @@ def compare(
 
 def tensor_parallel(mesh: DeviceMesh) -> gatefuse.Report:
     """The expert's linears are split over the ranks, the gate is not."""
-    x = make_input()
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
     def prepare(model: nn.Module) -> tuple[Model, nn.Module]:
         parallel = parallelize_module(model, mesh, plan)
-        return lambda _: parallel(x.to(next(model.parameters()).dtype)), parallel
+        return parallel, parallel
 
-    return compare(prepare)
+    return compare(prepare, same_input=True)
 
 
 def dtensors(mesh: DeviceMesh) -> gatefuse.Report:
@@ -86,8 +90,7 @@ def dtensors(mesh: DeviceMesh) -> gatefuse.Report:
         model = distribute_module(model, mesh)
 
         def run(x: Tensor) -> Any:
-            whole = make_input(2 * x.shape[0]).to(x.dtype)
-            return model(distribute_tensor(whole, mesh, [Shard(0)]))
+            return model(DTensor.from_local(x, mesh, [Shard(0)]))
 
         return run, model
 
@@ -143,6 +146,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
             results[name] = {
                 "fused": [g.fused for g in report.graphs if g.phase != "backward"],
                 "reasons": [r.reason for r in report.rejections],
+                "gradients": rewritten(report),
             }
         except Exception:
             results[name] = {"error": traceback.format_exc()}

@@ -56,8 +56,10 @@ def of_case(found: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["tensor_parallel", "dtensors", "fsdp2", "ddp"])
 def test_the_gate_is_fused(found: list[dict[str, Any]], name: str) -> None:
+    """And its gradients are rewritten."""
     for rank in of_case(found, name):
         assert sum(rank["fused"]) == 1, rank
+        assert rank["gradients"] == 1, rank
 
 
 def test_a_graph_that_ddp_splits(found: list[dict[str, Any]]) -> None:

@@ -16,8 +16,10 @@ from torch.utils import checkpoint as ck
 import gatefuse
 from tests.routes.gates import WIDTH, SharedExpert, judge_all, make_expert, make_input, train_step
 from tests.support.comparison import compile_and_compare, tensors
+from tests.support.gradients import rewritten, rewritten_gradients
 
 Run = Callable[..., Any]
+REWRITES = pytest.mark.parametrize("rewrites", [False, True], ids=["kept", "rewritten"])
 
 
 def gate(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
@@ -157,31 +159,42 @@ selective = functools.partial(ck.create_selective_checkpoint_contexts, save_line
     ],
     ids=["reentrant", "non-reentrant", "selective"],
 )
-def test_checkpointing(how: dict[str, Any]) -> None:
+@REWRITES
+def test_checkpointing(how: dict[str, Any], rewrites: bool) -> None:
     torch.manual_seed(0)
     model, x = Checkpointed(**how), make_input(grad=True)
     eager = train_step(model, x)
-    with gatefuse.fusing() as report:
+    with gatefuse.fusing() as report, rewritten_gradients(rewrites):
         fused = train_step(torch.compile(model), x)  # type: ignore[arg-type]
     judge_all(fused, eager, train_step(model.double(), x.detach().double().requires_grad_()))
     assert sum(g.fused for g in report.graphs if g.phase != "backward") == 1, report
+    if rewrites:
+        assert rewritten(report) == 1
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.5])
-def test_activation_memory_budget(budget: float) -> None:
-    with torch._functorch.config.patch(activation_memory_budget=budget):
+@REWRITES
+def test_activation_memory_budget(budget: float, rewrites: bool) -> None:
+    budgeted = torch._functorch.config.patch(activation_memory_budget=budget)
+    with budgeted, rewritten_gradients(rewrites):
         comparison = compile_and_compare(make_expert(), (make_input(grad=True),), grad=True)
     comparison.check()
     assert sum(g.fused for g in comparison.report.graphs if g.phase == "forward") == 1
+    if rewrites:
+        assert rewritten(comparison.report) == 1
 
 
-def test_compiled_autograd() -> None:
+@REWRITES
+def test_compiled_autograd(rewrites: bool) -> None:
     """The forward's gate is fused; the compiled backward gives the gradients that eager gives."""
     model, x = make_expert(), make_input(grad=True)
 
     eager = train_step(model, x)
-    with gatefuse.fusing(expect=1) as report, compiled_autograd._enable(torch.compile()):
+    compiled_backward = compiled_autograd._enable(torch.compile())
+    with gatefuse.fusing(expect=1) as report, compiled_backward, rewritten_gradients(rewrites):
         fused = train_step(torch.compile(model), x)  # type: ignore[arg-type]
     reference = train_step(model.double(), x.detach().double().requires_grad_())
     judge_all(fused, eager, reference)
     assert [g.phase for g in report.graphs] == ["forward", "backward"]
+    if rewrites:
+        assert rewritten(report) == 1

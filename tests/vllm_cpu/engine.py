@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,12 +44,12 @@ def own_pass() -> Any:
 
 
 def main(out: str, arguments: dict[str, Any]) -> None:
-    from tiny import VOCABULARY
     from vllm import LLM, SamplingParams
     from vllm.compilation.backends import VllmBackend
     from vllm.compilation.passes.pass_manager import PostGradPassManager
     from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
 
+    vocabulary = json.loads(Path(arguments["model"], "config.json").read_text())["vocab_size"]
     graphs: list[str] = []
     traced: list[str] = []
     run_passes, run_backend = PostGradPassManager.__call__, VllmBackend.__call__
@@ -69,7 +70,7 @@ def main(out: str, arguments: dict[str, Any]) -> None:
             max_model_len=128,
             max_num_seqs=4,
             gpu_memory_utilization=0.3,  # of the machine's memory, which it may share
-            max_logprobs=VOCABULARY,
+            max_logprobs=vocabulary,
             seed=0,
             enable_prefix_caching=False,
             disable_log_stats=True,
@@ -90,14 +91,14 @@ def main(out: str, arguments: dict[str, Any]) -> None:
         max_tokens=NEW_TOKENS,
         ignore_eos=True,
         detokenize=False,
-        logprobs=VOCABULARY,
-        prompt_logprobs=VOCABULARY,
+        logprobs=vocabulary,
+        prompt_logprobs=vocabulary,
     )
 
     def generate() -> tuple[list[Any], list[torch.Tensor]]:
         prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        tables = [[table(e, VOCABULARY) for e in o.prompt_logprobs[1:]] for o in outputs]
+        tables = [[table(e, vocabulary) for e in o.prompt_logprobs[1:]] for o in outputs]
         return outputs, [torch.stack(rows) for rows in tables]
 
     outputs, logprobs = generate()
@@ -113,7 +114,7 @@ def main(out: str, arguments: dict[str, Any]) -> None:
         "prompt": logprobs,
         "reloaded": reloaded,
         "new": [
-            torch.stack([table(e, VOCABULARY) for e in o.outputs[0].logprobs]) for o in outputs
+            torch.stack([table(e, vocabulary) for e in o.outputs[0].logprobs]) for o in outputs
         ],
         "graphs": graphs,
         "traced": traced,

@@ -14,69 +14,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-VOCABULARY = 512
+from benchmarks.model_zoo import engine_config
 
-_SHARED: dict[str, Any] = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=128,
-    intermediate_size=256,
-    moe_intermediate_size=64,
-    num_experts=4,
-    num_experts_per_tok=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    decoder_sparse_step=1,
-    mlp_only_layers=[],
-    hidden_act="silu",
-    max_position_embeddings=512,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    tie_word_embeddings=False,
-    torch_dtype="bfloat16",
-    bos_token_id=1,
-    eos_token_id=2,
-)
-
-_HYBRID: dict[str, Any] = dict(
-    num_hidden_layers=4,
-    shared_expert_intermediate_size=64,
-    norm_topk_prob=True,
-    head_dim=32,
-    full_attention_interval=4,
-    partial_rotary_factor=0.25,
-    linear_conv_kernel_dim=4,
-    linear_key_head_dim=64,
-    linear_value_head_dim=64,
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-)
-
+_QWEN2 = engine_config("qwen2_moe", layers=2, tiny=True) | dict(max_position_embeddings=512)
+_HYBRID = engine_config("qwen3_next", tiny=True) | dict(max_position_embeddings=512)
 CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen2_moe": _SHARED
-    | dict(
-        architectures=["Qwen2MoeForCausalLM"],
-        model_type="qwen2_moe",
-        num_hidden_layers=2,
-        shared_expert_intermediate_size=128,
-        norm_topk_prob=False,
-    ),
+    "qwen2_moe": _QWEN2,
     # Qwen3-MoE has no shared expert; what derives from it may, as in Qwen3-Omni's talker.
-    "qwen3_moe": _SHARED
-    | dict(
-        architectures=["Qwen3MoeForCausalLM"],
-        model_type="qwen3_moe",
-        num_hidden_layers=2,
-        shared_expert_intermediate_size=64,
-        norm_topk_prob=True,
-        head_dim=32,
-    ),
+    "qwen3_moe": _QWEN2
+    | dict(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", norm_topk_prob=True),
     # Three layers with a gated delta net and one with attention, as in the real models.
-    "qwen3_5_moe": _SHARED
-    | _HYBRID
+    "qwen3_5_moe": _HYBRID
     | dict(architectures=["Qwen3_5MoeForCausalLM"], model_type="qwen3_5_moe_text"),
-    "qwen3_next": _SHARED
-    | _HYBRID
-    | dict(architectures=["Qwen3NextForCausalLM"], model_type="qwen3_next"),
+    "qwen3_next": _HYBRID,
 }
 
 
