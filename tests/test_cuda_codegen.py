@@ -63,8 +63,8 @@ def check_form(form: Form, tuning: bool = False, device: Device = H200) -> None:
         try:
             torch.compile(form.fn, dynamic=dynamic)(*map(on_cuda, form.inputs()))
         except torch._dynamo.exc.TorchRuntimeError as e:
-            if torch.version.cuda is None and "getitem" in str(e):
-                pytest.skip("a PyTorch without CUDA cannot index its tensors from Python")
+            if not torch.cuda.is_available() and "getitem" in str(e):
+                pytest.skip("without a GPU PyTorch cannot index its tensors from Python")
             raise
     if tuning and form.id == "permuted-input":
         # Missed: the product that is summed has its rows in another order.
