@@ -24,7 +24,7 @@ from gatefuse.records import GradientReport
 from gatefuse.summary import gradients_as_text
 from tests.support.cuda_codegen import cuda_codegen, local_memory, on_cuda
 from tests.support.cuda_rewrites import emulate_coordinate_descent
-from tests.support.gradients import rewritten_gradients
+from tests.support.gradients import BackwardGraph, rewritten_gradients
 from tests.support.graphs import capture_post_grad
 
 aten = torch.ops.aten
@@ -128,48 +128,12 @@ def test_where_inductor_tunes() -> None:
     assert found.reason == "where Inductor tunes, its own are not slower"
 
 
-class Backward:
-    """The graph of a gate's backward by hand, as far as the logit's gradient ``dz``, [9, 1]."""
-
-    def __init__(self) -> None:
-        self.graph = torch.fx.Graph()
-        shapes = {
-            "grad": (9, 32),
-            "v": (9, 32),
-            "z": (9, 1),
-            "w": (1, 32),
-            "a": (9, 4),
-            "b": (4, 32),
-        }
-        self.inputs = {name: self.graph.placeholder(name) for name in shapes}
-        for name, node in self.inputs.items():
-            node.meta["val"] = torch.empty(*shapes[name], device="meta")
-        grad, v, z = (self.inputs[name] for name in ("grad", "v", "z"))
-        gate = self.call(aten.sigmoid.default, z)
-        slope = self.call(aten.mul.Tensor, gate, self.call(aten.sub.Tensor, 1, gate))
-        row_sum = self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, grad, v), [1], True)
-        self.dz = self.call(aten.mul.Tensor, row_sum, slope)
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        values = torch.fx.map_arg(args, lambda n: n.meta["val"])
-        node.meta["val"] = target(*values, **kwargs)
-        return node
-
-    def rewritten(self, *outputs: torch.fx.Node) -> GradientReport:
-        self.graph.output(outputs)
-        with mock.patch.object(gradient_rewriter, "reason_to_keep_gradients", return_value=None):
-            (found,) = gradient_rewriter.rewrite_gradients(self.graph, gatefuse.Options())
-        self.graph.lint()
-        return found
-
-
 def test_generated_code_adds_the_product():
     """Not the library, which would read it from memory, as in PyTorch 2.13 and later."""
-    backward = Backward()
+    backward = BackwardGraph()
     a, b = backward.inputs["a"], backward.inputs["b"]
     product = backward.call(aten.mul.Tensor, backward.dz, backward.inputs["w"])
-    found = backward.rewritten(backward.call(aten.addmm.default, product, a, b))
+    (found,) = backward.rewrite(backward.call(aten.addmm.default, product, a, b))
     assert (found.rewritten, found.reason) == (1, "")
     assert not backward.graph.find_nodes(op="call_function", target=aten.addmm.default)
     (library,) = backward.graph.find_nodes(op="call_function", target=aten.mm.default)
@@ -179,10 +143,10 @@ def test_generated_code_adds_the_product():
 
 @pytest.mark.parametrize("scale", ["alpha", "beta"])
 def test_a_scaled_product_is_left_alone(scale: str) -> None:
-    backward = Backward()
+    backward = BackwardGraph()
     grad, w = backward.inputs["grad"], backward.inputs["w"]
     scaled = backward.call(aten.addmm.default, grad, backward.dz, w, **{scale: 2})
-    found = backward.rewritten(scaled)
+    (found,) = backward.rewrite(scaled)
     assert (found.rewritten, found.reason) == (0, "the product is scaled")
     assert backward.graph.output_node().args[0] == (scaled,)
 
@@ -190,10 +154,10 @@ def test_a_scaled_product_is_left_alone(scale: str) -> None:
 @pytest.mark.parametrize("draws", [1, 2])
 def test_among_several_random_draws_it_is_left_alone(draws: int) -> None:
     """Other kernels might draw in another order."""
-    backward = Backward()
+    backward = BackwardGraph()
     drawn = [backward.call(aten.rand_like.default, backward.inputs["z"]) for _ in range(draws)]
     product = backward.call(aten.mm.default, backward.dz, backward.inputs["w"])
-    found = backward.rewritten(product, *drawn)
+    (found,) = backward.rewrite(product, *drawn)
     several = "random numbers are drawn more than once in this graph"
     assert (found.rewritten, found.reason) == ((1, "") if draws == 1 else (0, several))
 

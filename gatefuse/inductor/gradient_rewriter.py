@@ -37,11 +37,9 @@ aten = torch.ops.aten
 
 def rewrite_gradients(graph: Graph, options: Options) -> list[GradientReport]:
     """Rewrite the gradients of the graph's gates in place; tells what became of each gate's."""
-    found = find_gradients(graph)
-    order = Order(graph) if found else None
+    order = Order(graph)
     reports = []
-    for gradients in found:
-        assert order is not None
+    for gradients in find_gradients(graph):
         reason = reason_to_keep_gradients(gradients, options)
         if reason is None and order.draws() > 1:
             reason = "random numbers are drawn more than once in this graph"

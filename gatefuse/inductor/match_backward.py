@@ -15,7 +15,6 @@ import torch
 from torch.fx import Graph, Node
 
 from gatefuse.inductor.fx_utils import (
-    TRANSPOSES,
     arguments,
     is_float_conversion,
     is_neutral,
@@ -58,16 +57,12 @@ def find_gradients(graph: Graph) -> list[Gradients]:
 
 
 def through(node: Node) -> Iterator[Node]:
-    """The node, and what has the same elements in the same order, of another shape or float type;
-    of one element per row also transposed."""
-    seen, stack = {node}, [node]
+    """The node, and what has its elements in their order, of another shape or float type."""
+    stack = [node]
     while stack:
         current = stack.pop()
         yield current
-        for user in current.users:
-            if user not in seen and (is_neutral(user) or user.target in TRANSPOSES):
-                seen.add(user)
-                stack.append(user)
+        stack.extend(user for user in current.users if is_neutral(user))
 
 
 def _grad_logits(complement: Node) -> Iterator[Node]:
@@ -89,7 +84,7 @@ def _grad_logits(complement: Node) -> Iterator[Node]:
         for node in through(derivative):
             for product in node.users:
                 if product.target is aten.mul.Tensor and any(
-                    _is_row_sum(n) for n in product.all_input_nodes if n is not node
+                    map(_is_row_sum, product.all_input_nodes)
                 ):
                     yield product
 
@@ -102,7 +97,7 @@ def _is_row_sum(node: Node) -> bool:
         return False
     product, dims = arguments(node)[:2]
     last = tensor_of(product, "the product").dim() - 1
-    if not dims or len(dims) != 1 or dims[0] not in (-1, last):
+    if list(dims or ()) not in ([-1], [last]):
         return False
     while is_float_conversion(product):
         product = source_of(product)

@@ -47,11 +47,14 @@ RECORDED = [
         "explain",
         "report",
         "backward_graph",
+        "backward_guards",
     )
 ]
 """Files of tests whose graphs are recorded."""
 
 RUN_AGAIN = (
+    "tests/test_backward_graph.py",
+    "tests/test_backward_guards.py",
     "tests/test_cost_model.py",
     "tests/test_fusion_pass.py",
     "tests/test_linear_guards.py::test_guard[matrix-vector]",
