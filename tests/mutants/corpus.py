@@ -272,7 +272,7 @@ def replay(entry: Entry) -> Outcome:
         if (mark := n.meta.get(META_KEY))
     ]
     marks += [(n.name,) for n in module.graph.nodes if n.meta.get(GRADIENT_KEY)]
-    rejections = [(r.node, r.location, r.reason) for r in graph.rejections]
+    rejections = [(r.node, r.location, r.reason, r.kind) for r in graph.rejections]
     told = (sites, marks, rejections, graph.gradients, graph.error)
     said = (graph.fused, *told, len(module.graph.nodes))
     return Outcome(said, module)

@@ -80,7 +80,7 @@ class BackwardGraph:
         return self.call(aten.mul.Tensor, left, right)
 
     def rewrite(self, *outputs: Node, **options: Any) -> list[GradientReport]:
-        """What is said of the gradients. They are on no CPU, so that they are rewritten."""
+        """Rewrite the graph, as on a GPU: the meta device has its rules. Returns the reports."""
         self.graph.output(outputs)
         self.graph.eliminate_dead_code()
         found = gradient_rewriter.rewrite_gradients(self.graph, gatefuse.Options(**options))
