@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     modes, dtypes = chosen(grid.MODES), chosen(DTYPES)
     one = suite("workloads", "GPU or CPU time of the gate alone and in a layer's glue")
     one.add_argument("--grid", type=chosen(grid.GRIDS), help="of " + ",".join(grid.GRIDS))
-    one.add_argument("--workloads", type=chosen((*grid.WORKLOADS, *grid.VARIANTS)))
+    one.add_argument("--workloads", type=chosen((*grid.WORKLOADS, *grid.TRAINED, *grid.VARIANTS)))
     one.add_argument("--widths", type=_numbers)
     one.add_argument("--rows", type=_numbers)
     one.add_argument("--modes", type=modes)

@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -25,45 +25,30 @@ from gatefuse import kernels
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-class Shape(NamedTuple):
-    """A launch in bfloat16 (logits in float32); present: optional operands and flags, by name."""
-
-    H: int
-    D: int
-    block: int
-    warps: int
-    present: str
-
-
 SHAPES = {
-    "even": Shape(2048, 2048, 1024, 8, "addend_ptr"),
-    "masked, all operands": Shape(2560, 2560, 4096, 8, "bias_ptr addend_ptr logit_ptr"),
-    "PDL": Shape(3072, 3072, 1024, 8, "addend_ptr PDL WEIGHT_FIRST"),
-    "PDL, trigger and evict first": Shape(
-        7168, 7168, 2048, 16, "addend_ptr PDL WEIGHT_FIRST TRIGGER_FIRST EVICT_FIRST"
+    "even": (2048, 2048, 1024, 8, "addend_ptr"),
+    "masked, all operands": (2560, 2560, 4096, 8, "bias_ptr addend_ptr logit_ptr"),
+    "PDL": (3072, 3072, 1024, 8, "addend_ptr PDL WEIGHT_FIRST"),
+    "PDL, trigger and evict first": (
+        *(7168, 7168, 2048, 16),
+        "addend_ptr PDL WEIGHT_FIRST TRIGGER_FIRST EVICT_FIRST",
     ),
-    "unaligned, H != D, evict first": Shape(2500, 100, 1024, 8, "EVICT_FIRST"),
-    "looped": Shape(20000, 20000, 8192, 16, "bias_ptr addend_ptr"),
+    "unaligned, H != D, evict first": (2500, 100, 1024, 8, "EVICT_FIRST"),
+    "looped": (20000, 20000, 8192, 16, "bias_ptr addend_ptr"),
 }
+"""Launches in bfloat16, logits in float32: H, D, block, warps; optional operands and flags."""
 
 
-class Counts(NamedTuple):
-    """Of global loads and stores; spills in bytes a thread."""
-
-    instructions: int
-    loads: int
-    stores: int
-    registers: int
-    spills: int
-
-
-def machine_code(kernel: Any, shape: Shape) -> tuple[list[str], Counts]:
-    """The kernel's instructions for compute capability 9.0."""
-    present = shape.present.split()
+def machine_code(
+    kernel: Any, H: int, D: int, block: int, warps: int, options: str
+) -> tuple[list[str], dict[str, int]]:
+    """The kernel's instructions for compute capability 9.0; how many they are, of these global
+    loads and stores, the registers, and the bytes that a thread spills."""
+    present = options.split()
     constants: dict[str, Any] = {
         **{name: None for name in ("bias_ptr", "addend_ptr", "logit_ptr") if name not in present},
-        **dict(H=shape.H, D=shape.D, UNROLL=max(shape.H, shape.D) <= kernels.UNROLL_LIMIT),
-        **dict(BLOCK_H=shape.block, BLOCK_D=min(shape.block, triton.next_power_of_2(shape.D))),
+        **dict(H=H, D=D, UNROLL=max(H, D) <= kernels.UNROLL_LIMIT),
+        **dict(BLOCK_H=block, BLOCK_D=min(block, triton.next_power_of_2(D))),
         **{flag: flag in present for flag in kernel.arg_names if flag.endswith(("PDL", "FIRST"))},
     }
     signature, attributes = dict.fromkeys(kernel.arg_names, "constexpr"), {}
@@ -73,11 +58,11 @@ def machine_code(kernel: Any, shape: Shape) -> tuple[list[str], Counts]:
         pointer = name.endswith("_ptr")
         element = "fp32" if name == "logit_ptr" else "bf16"
         signature[name] = f"*{element}" if pointer else "i32"
-        if pointer or shape.H % 16 == shape.D % 16 == 0:
+        if pointer or H % 16 == D % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": shape.warps, **({"launch_pdl": True} if "PDL" in present else {})}
+    launch = {"num_warps": warps, **({"launch_pdl": True} if "PDL" in present else {})}
     source = ASTSource(kernel, signature, constants, attributes)
-    cubin = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
+    cubin = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch).asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -87,8 +72,9 @@ def machine_code(kernel: Any, shape: Shape) -> tuple[list[str], Counts]:
     code = [line for line in code if line != "NOP"]  # padding
     names = Counter(opcode(line)[:3] for line in code)
     usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    spills = usage["STACK"] + usage["LOCAL"]
-    return code, Counts(len(code), names["LDG"], names["STG"], usage["REG"], spills)
+    counts = {"instructions": len(code), "loads": names["LDG"], "stores": names["STG"]}
+    counts |= {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
+    return code, counts
 
 
 def opcode(instruction: str) -> str:
@@ -115,15 +101,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("revision", help="the git revision to compare with")
     revision = parser.parse_args(arguments).revision
     print(f"Kernel at {revision} -> working tree; Triton {triton.__version__}, sm_90, bfloat16\n")
-    print("| shape |", " | ".join(Counts._fields), "| code |\n|" + "---|" * 7)
+    print("| shape | instructions | loads | stores | registers | spills | code |\n|" + "---|" * 7)
     differ = False
     with tempfile.TemporaryDirectory() as folder:
         before = kernel_of(source_at(revision), folder)
         for name, shape in SHAPES.items():
-            old, was = machine_code(before, shape)
-            new, now = machine_code(kernels.linear_sigmoid_mul_kernel, shape)
+            old, was = machine_code(before, *shape)
+            new, now = machine_code(kernels.linear_sigmoid_mul_kernel, *shape)
             differ |= was != now
-            cells = [f"{b}" if a == b else f"{a} -> {b}" for a, b in zip(was, now)]
+            cells = [
+                f"{b}" if a == b else f"{a} -> {b}" for a, b in zip(was.values(), now.values())
+            ]
             code = "identical" if old == new else "same opcodes"
             if [opcode(line) for line in old] != [opcode(line) for line in new]:
                 code = "differs"

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gatefuse.bench.cases import NO_GATE, WORKLOADS, BenchError, Case, Provider
+from gatefuse.bench.cases import NO_GATE, TRAINING, WORKLOADS, BenchError, Case, Provider
 
 __all__ = ["NO_GATE", "WORKLOADS", "BenchError", "Case", "Provider"]
+
+TRAINED = tuple(name + TRAINING for name in WORKLOADS)
 
 DTYPE = "bfloat16"
 
@@ -66,6 +68,7 @@ GRIDS = {
     "variants": Grid(VARIANTS, WIDTHS, (2, 64, 1024, 8192)),
     "widths": Grid(WORKLOADS, (1024, 2560, 3072, 3584, 5120, 7168), (1, 16, 64, 256, 1024, 8192)),
     "dtypes": Grid(WORKLOADS, (2048,), (2, 64, 1024, 8192), dtypes=("float16", "float32")),
+    "training": Grid(TRAINED, WIDTHS, (256, 1024, 4096, 16384, 65536), MODES[:2]),
     "cpu": Grid(
         WORKLOADS, (2048, 1024, 4096), (1, 16, 256, 4096), dtypes=("float32", DTYPE), device="cpu"
     ),

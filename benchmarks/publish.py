@@ -50,8 +50,11 @@ def published() -> dict[Path, str]:
 
 def measured_on(tables: Tables, *kinds: str) -> str:
     """Devices, versions and dates of the results of the kinds."""
-    lines = [provenance(h) for kind in kinds for h in tables.results.headers.get(kind, [])]
-    return "; ".join(dict.fromkeys(lines)) + "." if lines else ""
+    dates: dict[str, dict[str, None]] = {}
+    for header in (h for kind in kinds for h in tables.results.headers.get(kind, [])):
+        what, date = provenance(header).rsplit(", ", 1)
+        dates.setdefault(what, {})[date] = None
+    return "; ".join(f"{w}, {' and '.join(of)}" for w, of in dates.items()) + "." * bool(dates)
 
 
 def summary(tables: Tables) -> list[str]:
@@ -108,13 +111,13 @@ def _each(table: Callable[[Tables, str, int], list[str]], workloads: Iterable[st
     return lambda tables: [p for w in workloads for H in tables.widths for p in table(tables, w, H)]
 
 
-def ratios(name: str, values: dict[str, str]) -> Section:
+def ratios(name: str, values: dict[str, str], of: Iterable[str] = WORKLOADS) -> Section:
     """gatefuse over Inductor for each value of a column, with its title."""
 
     def section(tables: Tables) -> list[str]:
         parts = []
         for value, title in values.items():
-            found = [p for w in WORKLOADS for p in tables.ratios(w, **{name: value})]
+            found = [p for w in of for p in tables.ratios(w, **{name: value})]
             parts += [title, *found] if found else []
         return parts
 
@@ -153,6 +156,9 @@ SECTIONS: dict[str, Section] = {
     ),
     "Symbolic sizes: gatefuse over Inductor": ratios(
         "shapes", {"dynamic-rows": "Symbolic rows:", "dynamic": "Symbolic rows and width:"}
+    ),
+    "Training: gatefuse over Inductor (the limit over gatefuse)": ratios(
+        "mode", {mode: f"Mode {mode}:" for mode in grid.MODES[:2]}, grid.TRAINED
     ),
     "Modules of transformers": _on("modules", Tables.modules),
     "Host and compile time": _on("host", lambda t: [*t.host_calls(), *t.compiles()]),

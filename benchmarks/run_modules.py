@@ -5,8 +5,7 @@ Qwen1.5-MoE-A2.7B (:func:`benchmarks.model_zoo.module`).
 
 Both providers of a case are compiled several times, for Inductor's own choices turn out differently
 from compile to compile. Each compile is compared with eager, profiled (kernels launched per call,
-the sum of their durations), and all are timed interleaved through CUDA graphs; where a module
-cannot be captured, its time is the profiler's sum, and ``timed_by`` says so.
+the sum of their durations), and all are timed interleaved through CUDA graphs.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from gatefuse.bench.measure import (
     uncached_compiles,
     with_own_code,
 )
-from gatefuse.bench.timing import Replay, columns, interleaved
+from gatefuse.bench.timing import Replay, interleaved
 
 CALLS = 8  # in a sample
 PROFILED_CALLS = 4
@@ -102,31 +101,6 @@ def profiled(call: Callable[[], Any], device: str) -> tuple[int, float]:
     return round(len(events) / PROFILED_CALLS), microseconds / PROFILED_CALLS
 
 
-def time_calls(
-    calls: dict[Draw, Callable[[], Tensor]], device: str, rounds: int
-) -> tuple[dict[Draw, Row], Row]:
-    """Device time of each call, and how it was measured: ``timed_by`` is ``"graph"``, or
-    ``"profiler"`` if one of them cannot be captured in a CUDA graph, with the reason in
-    ``not_captured`` (on the CPU ``"graph"`` is a loop)."""
-    try:
-        replays = {
-            draw: Replay(lambda i, call=call: (call(),), CALLS, device, None)  # type: ignore[misc]
-            for draw, call in calls.items()
-        }
-    except RuntimeError as error:
-        reraise_if_broken(device, error)
-        if device == "cuda":  # the failed capture leaves the generator in the middle of it
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())
-        samples: dict[Draw, list[float]] = {draw: [] for draw in calls}
-        for _ in range(rounds):
-            for draw, call in calls.items():
-                samples[draw].append(profiled(call, device)[1])
-        timings = {draw: columns(samples[draw], PROFILED_CALLS) for draw in calls}
-        return timings, {"timed_by": "profiler", "not_captured": f"{error!r}"[:500]}
-    return interleaved(replays, rounds, device), {"timed_by": "graph"}
-
-
 def keys(case: ModuleCase) -> list[Row]:
     return [{**asdict(case), "provider": p, "draw": 0} for p in grid.MODULE_PROVIDERS]
 
@@ -173,9 +147,13 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
                 row["error"] = f"{error!r}"[:500]
         # What is timed is what was checked; to compile during a capture would break both.
         with lock, torch.compiler.set_stance("fail_on_recompile"):
-            timings, how = time_calls(calls, run.device, run.rounds)
+            replays = {
+                draw: Replay(lambda i, call=call: (call(),), CALLS, run.device, None)  # type: ignore[misc]
+                for draw, call in calls.items()
+            }
+            timings = interleaved(replays, run.rounds, run.device)
     for key, timing in timings.items():
-        rows[key] |= {**how, **timing}
+        rows[key] |= timing
     torch.cuda.empty_cache()
     return list(rows.values())
 

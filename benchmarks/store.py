@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import pandas as pd
 
 from benchmarks.grid import DTYPE, NO_GATE, BenchError, Key
 from benchmarks.sweep import Row
+from gatefuse.bench.cases import LEAST_TRAFFIC
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,9 +68,8 @@ def _gpu() -> str | None:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())
+    found = re.search("model name.*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def new_path(directory: Path, kind: str) -> Path:
@@ -152,7 +153,7 @@ def collect(files: Iterable[dict[str, Any]]) -> Results:
         elif kind in rows:
             rows[kind] += [row | {"file": number} for row in content["rows"] if "provider" in row]
     return Results(
-        cases=_expected(_frame(rows["cases"], [*CASE, *TIMES, "bytes", "fused"])),
+        cases=_expected(_frame(rows["cases"], [*CASE, *TIMES, "bytes", "peak_bytes", "fused"])),
         modules=_fastest(_frame(rows["modules"], [*MODULE, "median_us", "p10_us", "p90_us"])),
         sglang=_newest(_frame(rows["sglang"], ["workload", "H", "N", "median_us"]), ["provider"]),
         host=host,
@@ -191,7 +192,7 @@ def _expected(cases: pd.DataFrame) -> pd.DataFrame:
         for name in ("p10", "p90"):
             cases.loc[several, f"{hot}{name}_us"] = cases[f"{hot}median_us"]
     steps = dict(zip(TIMES, ("mean", "min", "max") * 2))
-    steps |= {"bytes": "first", "fused": "first", "error": "first"}
+    steps |= dict.fromkeys(("bytes", "fused", "error"), "first") | {"peak_bytes": "max"}
     cases = cases.groupby(of, sort=False).agg(steps).reset_index()
     cases = cases.sort_values(CASE, kind="stable", ignore_index=True)
     cases.loc[cases["error"].notna(), TIMES] = float("nan")
@@ -216,9 +217,12 @@ def _with_ratios(cases: pd.DataFrame) -> pd.DataFrame:
     for hot in ("", "hot_"):
         cases[f"{hot}inductor_us"] = _look_up(cases, inductor, f"{hot}median_us", ["mode"])
     cases["ratio"] = cases["median_us"] / cases["inductor_us"]
+    peak = _look_up(cases, inductor, "peak_bytes", ["mode"])
+    cases["more_memory"] = cases["peak_bytes"] / peak
     for provider in BESIDE:
         there = cases[cases["provider"] == provider]
         cases[f"{provider}_us"] = _look_up(cases, there, "median_us", [])
+    cases["least_us"] = cases["roofline_us"] * cases["workload"].map(LEAST_TRAFFIC).fillna(1)
     # The gate's cost: the time minus that without the gate, compiled by Inductor in the same mode
     # (eager, whose mode is "-", against eager).
     of = cases["workload"].str.endswith(NO_GATE) & cases["provider"].isin(("eager", "inductor"))

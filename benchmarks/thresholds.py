@@ -33,6 +33,9 @@ ROOFLINE_RATIO = 1.05
 # The eager op is at most so much slower than the best known kernel at up to so many rows: as
 # peers.csv has it, and as measured beside it (the suite `sglang`).
 BASELINE_US, BASELINE_ROWS = 0.1, 256
+# Training: the gate alone over the least bytes at the roofline's rate, the glue over Inductor, both
+# from so many rows on; memory at the peak over Inductor's.
+TRAINING_RATIO, TRAINING_GLUE, TRAINING_ROWS, MEMORY = 1.10, 0.80, 4096, 1.01
 # gatefuse's pass, of a compile in an empty cache; `import gatefuse` after `import torch`.
 PASS_SHARE, IMPORT_MS = 0.01, 50.0
 
@@ -67,6 +70,7 @@ FUSED = "provider == 'gatefuse-auto'"
 GPU = "shapes == 'static' and device == 'cuda'"
 DEFAULT = f"{FUSED} and mode == 'default' and {GPU}"
 ALONE = "workload in ('mul', 'add')"
+TRAINED = f"{DEFAULT} and workload in {grid.TRAINED} and N >= {TRAINING_ROWS}"
 KERNEL = f"provider == 'op' and {ALONE} and {GPU}"
 
 FAILED = Threshold("error.notna()", "{r.provider}, {r.mode} failed: {r.error}")
@@ -99,7 +103,7 @@ CASES = (
     ),
     Threshold(
         f"{KERNEL} and N >= {SMALL_ROWS} and median_us > {ROOFLINE_RATIO} * roofline_us",
-        "the kernel takes {r.median_us:.2f} us, {r.of_roofline:.3f} of the roofline "
+        "the kernel takes {r.median_us:.2f} us, {r.of_least:.3f} of the roofline "
         "{r.roofline_us:.2f}",
     ),
     Threshold(
@@ -115,6 +119,18 @@ CASES = (
     Threshold(
         f"{DEFAULT} and cost_us > most_us and inductor_cost_us.notna()",
         "the gate costs {r.cost_us:.2f} us > {r.most_us}",
+    ),
+    Threshold(
+        f"{TRAINED} and of_least > {TRAINING_RATIO}",
+        "gatefuse {r.median_us:.1f} us is {r.of_least:.3f} of the least bytes' {r.least_us:.1f}",
+    ),
+    Threshold(
+        f"{TRAINED} and workload == 'glue-training' and ratio > {TRAINING_GLUE}",
+        f"gatefuse is {{r.ratio:.3f}} of Inductor's {{r.inductor_us:.1f}} us, not {TRAINING_GLUE}",
+    ),
+    Threshold(
+        f"{FUSED} and more_memory > {MEMORY}",
+        "{r.mode}: gatefuse takes {r.more_memory:.3f} of Inductor's memory at the peak",
     ),
     Threshold(
         f"{DEFAULT} and workload == 'glue' and median_us > {EXPLAINED} * best_us",
@@ -201,7 +217,7 @@ def _cases(cases: pd.DataFrame) -> pd.DataFrame:
         hot_ratio=cases["hot_median_us"] / cases["hot_inductor_us"],
         of_best=cases["median_us"] / cases["best_us"],
         speedup=cases["inductor_us"] / cases["median_us"],
-        of_roofline=cases["median_us"] / cases["roofline_us"],
+        of_least=cases["median_us"] / cases["least_us"],
         cost_ratio=cases["inductor_cost_us"] / cases["cost_us"],
     )
 

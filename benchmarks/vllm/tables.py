@@ -125,7 +125,9 @@ def changed(row: pd.Series, runs: pd.DataFrame, name: str) -> pd.DataFrame:
     base = runs["by_name"].get((BASE, name))
     if not (isinstance(row["by_name"], list) and isinstance(base, list)):
         return pd.DataFrame(columns=["per_step", "us_per_step"], index=pd.Index([], dtype="str"))
-    mine, theirs = (pd.DataFrame(of).set_index("name") for of in (row["by_name"], base))
+    mine, theirs = (
+        pd.DataFrame(x).groupby("name", sort=False).sum() for x in (row["by_name"], base)
+    )
     order = list(dict.fromkeys([*theirs.index, *mine.index]))
     more = mine.reindex(order, fill_value=0.0) - theirs.reindex(order, fill_value=0.0)
     return more[more["per_step"].abs() >= 0.5]

@@ -22,6 +22,7 @@ def workload_rows(cases: list[grid.Case]) -> list[dict[str, Any]]:
         row = {**key._asdict(), "provider": provider.name, "mode": provider.mode}
         row |= {"draw": provider.draw}
         row |= {"median_us": us, "p10_us": us - 0.1, "p90_us": us + 0.1, "bytes": 4000}
+        row |= {"peak_bytes": 1000}
         if grid.is_hot(key):
             row |= {f"hot_{name}": row[name] for name in ("median_us", "p10_us", "p90_us")}
         rows.append(row)

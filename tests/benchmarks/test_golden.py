@@ -32,6 +32,7 @@ SECTIONS = {
     "widths": "Other widths: gatefuse over Inductor",
     "dtypes": "Other dtypes: gatefuse over Inductor",
     "dynamic": "Symbolic sizes: gatefuse over Inductor",
+    "training": "Training: gatefuse over Inductor (the limit over gatefuse)",
     "blocks": "Modules of transformers",
     "host": "Host and compile time",
     "cpu": "CPU",

@@ -123,6 +123,27 @@ def test_a_complete_run_reaches_every_threshold() -> None:
             id="gate-cost-ratio",
         ),
         pytest.param(
+            {**STATIC, "workload": "mul-training", "N": 4096, **AUTO},
+            {"median_us": 2.95, "peak_bytes": 1020},
+            [
+                "mul-training H=4096 N=4096: gatefuse 3.0 us is 1.106 of the least bytes' 2.7",
+                "mul-training H=4096 N=4096: default: gatefuse takes 1.020 of Inductor's memory",
+            ],
+            id="training",
+        ),
+        pytest.param(
+            {**STATIC, "workload": "glue-training", "N": 4096, **AUTO},
+            {"median_us": 4.05},
+            ["glue-training H=4096 N=4096: gatefuse is 0.810 of Inductor's 5.0 us, not 0.8"],
+            id="training-in-the-glue",
+        ),
+        pytest.param(
+            {**STATIC, "workload": "glue-training", "N": 256, **AUTO, "mode": "max-autotune"},
+            {"median_us": 5.2},
+            ["glue-training H=4096 N=256: max-autotune: gatefuse 5.20 us is 1.040 of Inductor's"],
+            id="training-in-a-tuned-mode",
+        ),
+        pytest.param(
             {"shapes": "dynamic", "H": 2048, **AUTO, "workload": "add", "N": 32768},
             {"median_us": 5.2},
             ["add H=2048 N=32768 dynamic: default"],
