@@ -11,6 +11,7 @@
 #        enough)
 #     5  transformers' modules: Qwen2-MoE's
 #     6  and Qwen3-Next's
+#     7  workloads, the grid of training
 #
 # The times that a phase prints are estimates for an H200 with 16 cores; BUDGET holds. A process that
 # is in a case when the time is over is given 15 s.
@@ -67,6 +68,11 @@ for phase in "$@"; do
         6)
             echo "=== phase 6, about 400 s"
             measure 100 modules --models qwen3_next
+            ;;
+        7)
+            echo "=== phase 7, about 300 s"
+            # Few at a time: the largest case takes 32 GB of the device.
+            measure 100 workloads --grid training --processes 4
             ;;
         *)
             echo "unknown phase: $phase" >&2
