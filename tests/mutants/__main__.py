@@ -40,6 +40,7 @@ RECORDED = [
         "random_draws",
         "writes",
         "fusion_pass",
+        "pass_record",
         "matcher",
         "forms",
         "rounding",
@@ -63,6 +64,7 @@ RUN_AGAIN = (
     "tests/test_node_order.py::test_a_body",
     "tests/test_node_order.py::test_stretches",
     "tests/test_pass_guards.py",
+    "tests/test_pass_record.py",
     "tests/test_spellings.py::test_an_error_at_one_candidate",
     "tests/test_spellings.py::test_batch_fusion_is_named",
 )
