@@ -94,10 +94,12 @@ def edit(contents: list[dict[str, Any]], change: dict[str, Any], **where: Any) -
 
 
 def engine_file() -> dict[str, Any]:
-    """Two layers; the kernels of a step of each provider, as (kernel, calls, µs)."""
+    """Two layers; the kernels of a step of each provider, as (kernel, calls, µs). Long names are
+    cut off, so that two kernels may have the same."""
     norm, fused = ("triton_norm", 2, 8.0), ("triton_norm_gate", 2, 9.0)
+    experts = [("experts", 1, 45.0), ("experts", 1, 45.0)]
     kernels = {
-        "vllm": [("gemv", 2, 10.0), ("sigmoid", 2, 4.0), norm, ("experts", 2, 90.0)],
+        "vllm": [("gemv", 2, 10.0), ("sigmoid", 2, 4.0), norm, *experts],
         "plugin": [fused, ("experts", 2, 88.0)],
         "hand-kernel": [("op", 2, 5.0), norm, ("experts", 2, 91.0)],
     }

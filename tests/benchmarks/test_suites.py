@@ -40,7 +40,10 @@ def row_of(frame: Any, **where: Any) -> Any:
     return row
 
 
-@pytest.mark.parametrize(("one", "workload"), [("variants", "glue-matmuls"), ("dynamic", "mul")])
+@pytest.mark.parametrize(
+    ("one", "workload"),
+    [("variants", "glue-matmuls"), ("dynamic", "mul"), ("training", "mul-training")],
+)
 def test_workloads_are_measured(one: str, workload: str, tmp_path: Path) -> None:
     arguments = ["workloads", "--grid", one, "--workloads", workload, "--modes", "default"]
     found = measured(tmp_path, *arguments, "--rows", "4").cases
