@@ -11,6 +11,7 @@ import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
 
 import gatefuse
 from tests.support.comparison import compile_and_compare
@@ -179,6 +180,8 @@ def of_a_maximum(x: Tensor, w: Tensor, v: Tensor, r: Tensor) -> Tensor:
     ],
 )
 def test_left_alone_with_the_reason(fn: Callable[..., Any], reason: str) -> None:
+    if "addcmul" in reason and torch.ops.aten.addcmul.default in select_decomp_table():
+        pytest.skip("here addcmul is a product and a sum before the pass sees it")
     compared = compile_and_compare(fn, operands(), alone=True)
     compared.check_identical()
     assert compared.report.fused == 0

@@ -65,7 +65,9 @@ def test_losses_are_those_of_eager(name: str, checkpointed: bool) -> None:
     start = copy.deepcopy(model.state_dict())
     torch._dynamo.reset()
     compiled = torch.compile(model, dynamic=False)
-    with rewritten_gradients(), gatefuse.fusing() as report:
+    # transformers sets a context variable, which PyTorch 2.11 does not trace in a checkpoint.
+    traced = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+    with traced, rewritten_gradients(), gatefuse.fusing() as report:
         fused = losses(model, start, batches, compiled)
         again = losses(model, start, batches, compiled)
     assert fused == again
