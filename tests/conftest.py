@@ -19,8 +19,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith("GATEFUSE_")]:
     del os.environ[name]
-# A third of the time that a C++ kernel takes to build is the linker's, which reads PyTorch's
-# symbols; gold, where there is one, takes half of that. GCC looks for a linker here first.
+# Linking a C++ kernel reads PyTorch's symbols and takes a good part of its build; gold, where there
+# is one, is faster at it. GCC looks for a linker here first.
 if "COMPILER_PATH" not in os.environ and (gold := shutil.which("ld.gold")) is not None:
     linkers = tempfile.mkdtemp(prefix="gatefuse-linker-")
     atexit.register(shutil.rmtree, linkers, ignore_errors=True)

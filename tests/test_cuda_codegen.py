@@ -69,7 +69,7 @@ def check_form(form: Form, tuning: bool = False, device: Device = H200) -> None:
             raise
     missed = ("permuted-input", *(["strided-rows-3d"] if torch.__version__ < (2, 12) else []))
     if tuning and form.id in missed:
-        # The product that is summed has its rows in another order.
+        # Missed: the product that is summed has its rows in another order.
         assert "neither factor is one row of weights" in report.rejections[0].reason
         return
     check_report(form, report)

@@ -95,7 +95,7 @@ def edit(contents: list[dict[str, Any]], change: dict[str, Any], **where: Any) -
 
 def engine_file() -> dict[str, Any]:
     """Two layers; the kernels of a step of each provider, as (kernel, calls, µs). Long names are
-    cut off, so that two kernels may have the same."""
+    cut off, and two kernels may end up with the same one."""
     norm, fused = ("triton_norm", 2, 8.0), ("triton_norm_gate", 2, 9.0)
     experts = [("experts", 1, 45.0), ("experts", 1, 45.0)]
     kernels = {
