@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._inductor import config
 
 from gatefuse import fakes
 from gatefuse.backend import gatefuse_backend
@@ -14,6 +13,7 @@ from gatefuse.model_gates import GateCounter
 from gatefuse.recording import record
 from gatefuse.report import Report
 from gatefuse.scanning import scan_call
+from gatefuse.stored import graph_caches_off
 
 __all__ = ["explain"]
 
@@ -23,7 +23,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
 
     The call is a real one, on whatever device the model is, in the grad mode of the caller; if its
     result requires grad, the backward graph is compiled too, without touching any ``.grad``.
-    Inductor's caches are off for it, so every site and rejection is seen. Compilations made
+    The caches of graphs are off for it, so every site and rejection is seen. Compilations made
     before are left alone. Options come from the environment, or from a surrounding
     :func:`gatefuse.fusing`.
 
@@ -51,7 +51,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
 
     with (
         record() as result,
-        config.patch(force_disable_caches=True),
+        graph_caches_off(),
         torch._dynamo.config.patch(recompile_limit=64),
     ):
         if isinstance(model, torch.nn.Module) and model._compiled_call_impl is not None:

@@ -31,6 +31,7 @@ from gatefuse.inductor.predicted_placement import predict
 from gatefuse.inductor.rewriter import META_KEY
 from gatefuse.model_gates import GateCounter
 from gatefuse.report import FusionError, Report
+from gatefuse.stored import graph_caches_off
 
 __all__ = ["ScanError", "scan", "scan_call"]
 
@@ -173,13 +174,9 @@ def _kept_state() -> Iterator[None]:
         with (
             torch.set_grad_enabled(torch.is_grad_enabled()),
             warnings.catch_warnings(),
-            # Not force_disable_caches, which makes a folder for each graph.
-            config.patch(fx_graph_cache=False, fx_graph_remote_cache=False, shape_padding=False),
-            functorch_config.patch(
-                enable_autograd_cache=False,
-                enable_remote_autograd_cache=False,
-                force_non_lazy_backward_lowering=True,
-            ),
+            graph_caches_off(),
+            config.patch(shape_padding=False),
+            functorch_config.patch(force_non_lazy_backward_lowering=True),
         ):
             # About speed, of PyTorch's and of the model's.
             warnings.simplefilter("ignore")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch.fx import Graph
 from gatefuse.records import GraphReport
 from gatefuse.report import graph_from_dict, write
 
-__all__ = ["PREFIX", "identify", "load", "store"]
+__all__ = ["PREFIX", "graph_caches_off", "identify", "load", "store"]
 
 PREFIX = "gatefuse_graph_"
 """Of the counters that name a graph."""
@@ -43,6 +44,20 @@ def _caching() -> bool:
     if config.force_disable_caches:
         return False
     return bool(config.fx_graph_cache or functorch.enable_autograd_cache)
+
+
+@contextlib.contextmanager
+def graph_caches_off() -> Iterator[None]:
+    """Every graph is compiled, and none kept; what a compiler made of a kernel's text still is."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config
+
+    # Not force_disable_caches, which makes a folder for each graph and leaves it there.
+    with (
+        config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        functorch.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+    ):
+        yield
 
 
 def store(entry: GraphReport) -> None:

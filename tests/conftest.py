@@ -10,6 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+
+def own_folder(name: str) -> str:
+    """A folder that goes when this process ends."""
+    folder = tempfile.mkdtemp(prefix=f"gatefuse-{name}-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 # Before torch is imported. A cached graph skips the pass, so only test_cache.py turns the caches of
 # graphs on, in processes of its own. What a compiler made of a kernel's text is kept for the next
 # test with the same text. Two threads compile, one computes: the suite is made for two cores.
@@ -22,10 +30,12 @@ for name in [name for name in os.environ if name.startswith("GATEFUSE_")]:
 # Linking a C++ kernel reads PyTorch's symbols and takes a good part of its build; gold, where there
 # is one, is faster at it. GCC looks for a linker here first.
 if "COMPILER_PATH" not in os.environ and (gold := shutil.which("ld.gold")) is not None:
-    linkers = tempfile.mkdtemp(prefix="gatefuse-linker-")
-    atexit.register(shutil.rmtree, linkers, ignore_errors=True)
+    os.environ["COMPILER_PATH"] = linkers = own_folder("linker")
     Path(linkers, "ld").symlink_to(gold)
-    os.environ["COMPILER_PATH"] = linkers
+# Compiled C++ lives in a directory of this run, of all its workers: no test depends on an earlier
+# run's files.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = own_folder("inductor")
 
 import pytest
 import torch
@@ -59,14 +69,9 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _code_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiled C++ lives in a directory of this run, of all its workers: no test depends on an
-    earlier run's files."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
-    # Inductor compiles and loads programs to find out which vector instructions work. What this
-    # process finds holds for its children: a first compile in one takes 8 s then, not 18.
+def _vector_instructions() -> None:
+    """Inductor compiles and loads programs to find out which ones work. What this process finds
+    holds for its children: a first compile in one takes 8 s then, not 18."""
     from torch._inductor import config, cpu_vec_isa
 
     supported = cpu_vec_isa.valid_vec_isa_list()

@@ -77,9 +77,7 @@ def run(
         if tuning:
             stack.enter_context(emulate_coordinate_descent())
         report = stack.enter_context(gatefuse.fusing(**options))
-        with torch._inductor.config.patch(
-            force_disable_caches=True, coordinate_descent_tuning=coordinate_descent_tuning
-        ):
+        with torch._inductor.config.patch(coordinate_descent_tuning=coordinate_descent_tuning):
             got = gradients(torch.compile(model, dynamic=dynamic), model, leaves)
     exact = copy.deepcopy(model).double()
     wide = [t.detach().double().requires_grad_() for t in leaves]
@@ -202,7 +200,7 @@ def layouts(graph: torch.fx.Graph) -> list[Any]:
 
 def test_in_the_graph():
     """No library product of a column is left; inputs, outputs and their layout are the same."""
-    with capture_post_grad() as graphs, torch._inductor.config.patch(force_disable_caches=True):
+    with capture_post_grad() as graphs:
         out = torch.compile(Gate(), dynamic=False)(torch.randn(9, 32, requires_grad=True), 1.0)
         out.sum().backward()
     graph = graphs[1]
@@ -221,7 +219,7 @@ def test_in_the_graph():
 
 
 def test_an_error_leaves_the_graph_as_it_was():
-    with capture_post_grad() as graphs, torch._inductor.config.patch(force_disable_caches=True):
+    with capture_post_grad() as graphs:
         torch.compile(Gate(), dynamic=False)(
             torch.randn(9, 32, requires_grad=True), 1.0
         ).sum().backward()
@@ -241,7 +239,7 @@ def test_on_a_gpu_rows_of_the_backward_stay_in_registers(H: int, tmp_path: Path)
     """Where the gate's sum over the row is the only one; the library adds nothing in the glue."""
     for workload in ("mul-training", "glue-training"):
         module, inputs = make_set(workload, H, 4, BF16, "cpu")
-        with capture_post_grad() as graphs, torch._inductor.config.patch(force_disable_caches=True):
+        with capture_post_grad() as graphs:
             module.step(torch.compile(call, dynamic=False), *inputs)
         graph = graphs[-1]
         values = [n.meta["val"] for n in graph.nodes if n.op == "placeholder"]

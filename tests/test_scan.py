@@ -131,11 +131,7 @@ def dynamic_of(form: Form) -> bool | None:
 @pytest.mark.parametrize("form", SOME, ids=lambda form: form.id)
 def test_says_what_explain_says_on_the_cpu(form: Form) -> None:
     torch._dynamo.reset()
-    with (
-        inductor_config.patch(force_disable_caches=True),
-        gatefuse.fusing() as real,
-        torch.set_grad_enabled(form.grad),
-    ):
+    with gatefuse.fusing() as real, torch.set_grad_enabled(form.grad):
         torch.compile(form.fn, dynamic=dynamic_of(form))(*form.inputs())
     said = gatefuse.scan(
         form.fn, form.inputs(), device="cpu", training=form.grad, dynamic=form.dynamic == "all"
@@ -519,8 +515,7 @@ def test_command_with_a_builder(
 
 def test_command_with_a_script(module: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch._dynamo.reset()
-    with inductor_config.patch(force_disable_caches=True):
-        assert cli.main(["scan", str(module), "--", "64"]) == 0
+    assert cli.main(["scan", str(module), "--", "64"]) == 0
     assert "1 of 1 gates fused in 1 graph" in capsys.readouterr().out
     assert cli.main(["scan", str(module), "--", "wide"]) == 2
     assert "failed at scanned_module.py" in capsys.readouterr().err

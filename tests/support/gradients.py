@@ -21,13 +21,12 @@ _ON_A_GPU = SimpleNamespace(device=torch.device("cuda"))
 
 @contextlib.contextmanager
 def rewritten_gradients(on: bool = True) -> Iterator[None]:
-    """Compilations rewrite what they would on a GPU, and take no code from a cache. Not ``on``:
-    nothing changes."""
+    """Compilations rewrite what they would on a GPU. Not ``on``: nothing changes."""
     if not on:
         yield
         return
     decides_for_a_gpu = mock.patch.object(cost_model, "tensor_of", return_value=_ON_A_GPU)
-    with decides_for_a_gpu, torch._inductor.config.patch(force_disable_caches=True):
+    with decides_for_a_gpu:
         yield
 
 
