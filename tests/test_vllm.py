@@ -259,6 +259,33 @@ def test_weight_of_a_hoisted_gate_is_kept_where_vllm_packs_it(made: list[Any]) -
     gate.quant_method.process_weights_after_loading(gate)
     assert gate.packed is gate.weight
     assert torch.equal(runner(x, None, x), before)
+    other = torch.nn.Linear(8, 8)
+    gate.quant_method.process_weights_after_loading(other)
+    assert not other.weight.numel(), "vLLM's own linears are packed"
+
+
+def test_loading_is_followed_for_the_gate_alone(
+    made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the model that it belongs to, and once; a gate that vLLM does not load is no fault."""
+    looked_at: list[Any] = []
+    monkeypatch.setattr(compiled_models, "_look_at", lambda model, _: looked_at.append(model))
+    expert, other = Expert(), torch.nn.Linear(8, 8)
+    gate = expert.expert_gate
+    runner = moe_runner.gate_hoisting(Runner)(expert)
+    model, unrelated = torch.nn.Sequential(runner), torch.nn.Sequential(other)
+    monkeypatch.setattr(compiled_models, "_to_be_compiled", [model, unrelated])
+    method = types.SimpleNamespace(process_weights_after_loading=lambda layer: None)
+    gate.quant_method = other.quant_method = method  # type: ignore[assignment]
+    compiled_models._watch_loading(runner, gate, None)
+    method.process_weights_after_loading(other)
+    assert looked_at == []
+    method.process_weights_after_loading(gate)
+    assert looked_at == [model]
+    runner.decided = True
+    method.process_weights_after_loading(gate)
+    assert looked_at == [model]
+    compiled_models._watch_loading(runner, torch.nn.Linear(8, 1), None)
 
 
 @pytest.mark.parametrize("problem", [None, "another plugin has replaced the MoE runner"])

@@ -25,7 +25,12 @@ import torch
 
 HERE = Path(__file__).parent
 ALONE = {"VLLM_PLUGINS": "cuda_path"}
-NO_CACHES = {"VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+#: Every graph is compiled; a kernel's text that an engine before has compiled is not, once more.
+NO_CACHES = {
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+    "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+    "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+}
 OP = "torch.ops.gatefuse.linear_sigmoid_mul.default"
 
 

@@ -6,6 +6,7 @@ some of them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +157,49 @@ def test_models_that_are_not_compiled(build: Build, monkeypatch: pytest.MonkeyPa
     assert stays(built, "vLLM does not compile this model")
 
 
+def test_vllm_is_followed_once_and_in_modules_alone(build: Build) -> None:
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    build("qwen2_moe")
+    followed = TorchCompileWithNoGuardsWrapper.__init__
+    compiled_models.install()
+    assert TorchCompileWithNoGuardsWrapper.__init__ is followed
+
+    class NoModule(TorchCompileWithNoGuardsWrapper):
+        def forward(self) -> None: ...
+
+    made = object.__new__(NoModule)
+    with contextlib.suppress(Exception):  # vLLM wants the configuration of an engine
+        made.__init__()  # type: ignore[misc]
+    assert not any(model is made for model in compiled_models._to_be_compiled)
+
+
+def test_turned_off_after_the_plugin_was_loaded(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEFUSE_DISABLE", "1")
+    built = build("qwen2_moe")
+    assert (built.graph_pass, built.hoisted) == (None, [])
+    gates = [m.expert_gate for m in built.model.modules() if hasattr(m, "expert_gate")]
+    assert len(gates) == 2
+    assert None not in gates
+
+
+@pytest.mark.parametrize("broken", ["_note_runner", "_take_gates"])
+def test_errors_leave_the_model_to_vllm(
+    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(compiled_models, broken, fail)
+    monkeypatch.setattr(compiled_models.log, "propagate", True)
+    with caplog.at_level("WARNING"):
+        built = build("qwen2_moe")
+    assert stays(built, "")
+    assert "left to vLLM: ValueError('broken')" in caplog.text
+
+
 def test_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
     """No backend of the CPU's has it, so no model is built."""
     from vllm import envs
@@ -262,6 +306,8 @@ def test_gates_that_vllm_fuses_with_the_routers(
         patch.setattr(compiled_models, "_has_fused_experts", lambda runner: True)
         patch.setattr(qwen3_next, "Qwen3NextMLP", lambda *args, **kwargs: None)
         fused = build("qwen3_next", no_shared_expert)
+        # A runner without a gate beside the router's has none that could be fused with it.
+        assert build("qwen2_moe", no_shared_expert).left == []
     assert all("fused with the router's" in str(reason) for reason in fused.left)
     assert len(fused.left) == 4
     without = build("qwen3_next", no_shared_expert)
