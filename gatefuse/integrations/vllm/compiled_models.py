@@ -139,6 +139,12 @@ def _look_at(model: nn.Module, vllm_config: Any) -> None:
         _take_gates(model, vllm_config)
     except Exception as e:  # vLLM goes on, whatever it is
         log.warning("gatefuse: %s is left to vLLM: %r", type(model).__name__, e)
+        for module in model.modules():
+            if "gated" in vars(module) and getattr(module, "hoisted_gate", None) is None:
+                reason = f"the model cannot be read: {type(e).__name__}: {e}"
+                fusion_count.note_gate(
+                    vllm_config.compilation_config, str(module.layer_name), reason
+                )
 
 
 def _take_gates(model: nn.Module, vllm_config: Any) -> None:
