@@ -23,8 +23,8 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
 
     The call is a real one, on whatever device the model is, in the grad mode of the caller; if its
     result requires grad, the backward graph is compiled too, without touching any ``.grad``.
-    The caches of graphs are off for it, so every site and rejection is seen. Compilations made
-    before are left alone. Options come from the environment, or from a surrounding
+    PyTorch's caches of graphs are off for it, so every site and rejection is seen. Compilations
+    made before are left alone. Options come from the environment, or from a surrounding
     :func:`gatefuse.fusing`.
 
     A model or arguments without data, on the meta device or fake, are scanned instead

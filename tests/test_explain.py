@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,6 +29,22 @@ def test_explain() -> None:
     with gatefuse.record() as later, torch._dynamo.config.patch(error_on_recompile=True):
         compiled(x, w, v)
     assert not later.graphs
+
+
+def test_explain_with_warm_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every site is seen again, and the cache holds compiled kernels alone: no graph, and no folder
+    for each graph."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with (
+        inductor_config.patch(fx_graph_cache=True),
+        functorch_config.patch(enable_autograd_cache=True),
+    ):
+        for _ in range(2):
+            assert gatefuse.explain(linear, *make_inputs(linear)).fused == 1
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept
+    assert not {name for name in kept if name.startswith("tmp")}
+    assert kept.isdisjoint({"fxgraph", "aotautograd"})
 
 
 def test_explain_of_a_call_that_goes_backward() -> None:
