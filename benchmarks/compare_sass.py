@@ -24,15 +24,12 @@ from gatefuse import kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-
+_PDL = "addend_ptr PDL WEIGHT_FIRST"
 SHAPES = {
     "even": (2048, 2048, 1024, 8, "addend_ptr"),
     "masked, all operands": (2560, 2560, 4096, 8, "bias_ptr addend_ptr logit_ptr"),
-    "PDL": (3072, 3072, 1024, 8, "addend_ptr PDL WEIGHT_FIRST"),
-    "PDL, trigger and evict first": (
-        *(7168, 7168, 2048, 16),
-        "addend_ptr PDL WEIGHT_FIRST TRIGGER_FIRST EVICT_FIRST",
-    ),
+    "PDL": (3072, 3072, 1024, 8, _PDL),
+    "PDL, trigger and evict first": (7168, 7168, 2048, 16, f"{_PDL} TRIGGER_FIRST EVICT_FIRST"),
     "unaligned, H != D, evict first": (2500, 100, 1024, 8, "EVICT_FIRST"),
     "looped": (20000, 20000, 8192, 16, "bias_ptr addend_ptr"),
 }
@@ -109,12 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
             old, was = machine_code(before, *shape)
             new, now = machine_code(kernels.linear_sigmoid_mul_kernel, *shape)
             differ |= was != now
-            cells = [
-                f"{b}" if a == b else f"{a} -> {b}" for a, b in zip(was.values(), now.values())
-            ]
-            code = "identical" if old == new else "same opcodes"
-            if [opcode(line) for line in old] != [opcode(line) for line in new]:
-                code = "differs"
+            counts = zip(was.values(), now.values())
+            cells = [f"{b}" if a == b else f"{a} -> {b}" for a, b in counts]
+            same = list(map(opcode, old)) == list(map(opcode, new))
+            code = "identical" if old == new else "same opcodes" if same else "differs"
             print(f"| {name} |", " | ".join([*cells, code]), "|")
     return int(differ)
 

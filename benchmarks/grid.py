@@ -119,7 +119,8 @@ class ModuleCase:
 
 
 MODULE_MODELS = ("qwen3_next", "qwen2_moe")
-MODULE_PARTS = ("block", "layer")
+LAYER_TRAINING = "layer-training"
+MODULE_PARTS = ("block", "layer", LAYER_TRAINING)
 MODULE_MODES = MODES[:2]
 MODULE_PROVIDERS = ("inductor", "gatefuse-auto")
 MODULE_DRAWS = {"default": 3, "max-autotune": 2}
@@ -130,6 +131,7 @@ compiles the fastest counts."""
 MODULE_ROWS = (16, 4096, 1, 1024, 256, 32768)
 MODULE_TUNED_ROWS = (16, 4096)
 """Tokens in max-autotune, where tuning the matrix products takes minutes."""
+MODULE_TRAINED_ROWS = (4096, 256)
 
 
 def module_cases(
@@ -145,5 +147,6 @@ def module_cases(
         for tokens in rows
         for part in parts
         for model in models
-        if mode == "default" or tokens in MODULE_TUNED_ROWS
+        if (mode == "default" or tokens in MODULE_TUNED_ROWS)
+        and (part != LAYER_TRAINING or (mode == "default" and tokens in MODULE_TRAINED_ROWS))
     ]

@@ -15,21 +15,12 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from benchmarks import grid
+from benchmarks import grid, tables
 from benchmarks.store import Results, matches
-from benchmarks.tables import (
-    EAGER,
-    GATEFUSE,
-    INDUCTOR,
-    LABELS,
-    OP,
-    ROOFLINE,
-    TITLES,
-    ProviderKey,
-    select,
-)
+from benchmarks.tables import EAGER, GATEFUSE, INDUCTOR, LABELS, OP, ROOFLINE, TITLES, select
 
-STYLES: dict[ProviderKey, dict[str, Any]] = {
+Providers = Iterable[tables.ProviderKey]
+STYLES: dict[tables.ProviderKey, dict[str, Any]] = {
     EAGER: {"color": "#999999"},
     INDUCTOR: {"color": "#0072B2"},
     ("inductor", "max-autotune"): {"color": "#56B4E9"},
@@ -45,22 +36,18 @@ STYLES: dict[ProviderKey, dict[str, Any]] = {
 SUMMARY = (EAGER, INDUCTOR, ("inductor", "max-autotune"), GATEFUSE, ROOFLINE)
 
 
-def _lines(
-    axis: Any, rows: pd.DataFrame, column: str, providers: Iterable[ProviderKey], size: int = 3
-) -> None:
+def _lines(axis: Any, rows: pd.DataFrame, column: str, providers: Providers, size: int = 3) -> None:
     for name, mode in providers:
         points = rows[matches(rows, {"provider": name, "mode": mode})].dropna(subset=column)
         if len(points):
             label = LABELS[name, mode].replace("*", "").replace("`", "")
-            style = STYLES[name, mode]
-            axis.plot(
-                points["N"], points[column], marker="o", markersize=size, label=label, **style
-            )
+            style = STYLES[name, mode] | {"marker": "o", "markersize": size}
+            axis.plot(points["N"], points[column], label=label, **style)
     axis.set(xscale="log", xlabel="tokens")
     axis.grid(which="major", alpha=0.3)
 
 
-def _times(axis: Any, rows: pd.DataFrame, providers: Iterable[ProviderKey], title: str) -> None:
+def _times(axis: Any, rows: pd.DataFrame, providers: Providers, title: str) -> None:
     _lines(axis, rows, "median_us", providers)
     axis.set(yscale="log", title=title)
 

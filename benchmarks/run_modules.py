@@ -1,7 +1,7 @@
 """What does gatefuse gain in real layers? Kernels and GPU time of modules of transformers.
 
 The sparse MoE block and one decoder layer with full attention of Qwen3-Next-80B-A3B and
-Qwen1.5-MoE-A2.7B (:func:`benchmarks.model_zoo.module`).
+Qwen1.5-MoE-A2.7B (:func:`benchmarks.model_zoo.module`), and a step of training of the layer.
 
 Both providers of a case are compiled several times, for Inductor's own choices turn out differently
 from compile to compile. Each compile is compared with eager, profiled (kernels launched per call,
@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import gatefuse
 from benchmarks import grid, model_zoo
-from benchmarks.grid import BenchError, ModuleCase
+from benchmarks.grid import LAYER_TRAINING, BenchError, ModuleCase
 from benchmarks.run_host import timed_pass
 from benchmarks.sweep import Row, Run, guard_tuning, sweep
 from gatefuse.bench.measure import (
@@ -51,28 +51,41 @@ NO_KERNELS = ("Memcpy", "Memset", "Context Sync")  # what else happens on a GPU
 Draw = tuple[str, int]
 """A provider and the number of its compile."""
 
-Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+Call = Callable[..., tuple[Tensor, ...]]
 
 
-def call_block(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return module(hidden)
+def call_block(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor]:
+    return (module(hidden),)
 
 
-def call_layer(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def call_layer(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     out = module(hidden, position_embeddings=(cos, sin), attention_mask=None)
-    return out[0] if isinstance(out, tuple) else out
+    return out[:1] if isinstance(out, tuple) else (out,)
 
 
-CALL: dict[str, Call] = {"block": call_block, "layer": call_layer}
+def step(call: Call, module: nn.Module, hidden: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """A forward and a backward: the gradients of the hidden states and of all parameters."""
+    (out,) = call(module, hidden, *others)
+    return torch.autograd.grad(out, (hidden, *module.parameters()), hidden.detach())
+
+
+def way(case: ModuleCase, compiled: Callable[[Call], Call] = lambda call: call) -> Call:
+    """How a case runs its module, and what of it is ``compiled``."""
+    call = compiled(call_block if case.part == "block" else call_layer)
+    return functools.partial(step, call) if case.part == LAYER_TRAINING else call
+
+
+def flat(parts: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([part.float().flatten() for part in parts])
 
 
 def compile_provider(
     provider: str, draw: int, case: ModuleCase, module: nn.Module, inputs: tuple[Tensor, ...]
-) -> tuple[Call, Tensor, Row]:
+) -> tuple[Call, tuple[Tensor, ...], Row]:
     """The compiled function, its result, and what is known of the compile."""
-    code = with_own_code(CALL[case.part], f"call_{case.part}_{draw}")
     options = inductor_options(provider, case.mode)
-    function = torch.compile(code, fullgraph=True, dynamic=False, options=options)
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
+    function = way(case, lambda call: compiled(with_own_code(call, f"{call.__name__}_{draw}")))
     begin = time.perf_counter()
     with gatefuse.record() as report, timed_pass() as spent:
         result = function(module, *inputs)
@@ -121,17 +134,18 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
     torch.manual_seed(zlib.crc32(repr(case).encode()))
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools")
     rows: dict[Draw, Row] = {}
-    calls: dict[Draw, Callable[[], Tensor]] = {}
+    calls: dict[Draw, Callable[[], tuple[Tensor, ...]]] = {}
     inductor_error = 0.0
-    with torch.no_grad(), uncached_compiles():
+    with torch.set_grad_enabled(case.part == LAYER_TRAINING), uncached_compiles():
         module, inputs = model_zoo.module(case.model, case.part, case.tokens, run.device, run.small)
-        eager = CALL[case.part](module, *inputs).float()
+        inputs[0].requires_grad_(case.part == LAYER_TRAINING)
+        eager = flat(way(case)(module, *inputs))
         for provider, draw in draws(case, run.small):
             row = rows[provider, draw] = {**asdict(case), "provider": provider, "draw": draw}
             try:
                 function, result, facts = compile_provider(provider, draw, case, module, inputs)
                 # Both round otherwise than eager does; gatefuse may not be further off.
-                error, _ = norms(result.float() - eager)
+                error, _ = norms(flat(result) - eager)
                 inductor_error = inductor_error or error
                 allowed = 2 * inductor_error + torch.finfo(torch.bfloat16).eps * norms(eager)[0]
                 if not error <= allowed:
@@ -148,7 +162,7 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
         # What is timed is what was checked; to compile during a capture would break both.
         with lock, torch.compiler.set_stance("fail_on_recompile"):
             replays = {
-                draw: Replay(lambda i, call=call: (call(),), CALLS, run.device, None)  # type: ignore[misc]
+                draw: Replay(lambda i, call=call: call(), CALLS, run.device, None)  # type: ignore[misc]
                 for draw, call in calls.items()
             }
             timings = interleaved(replays, run.rounds, run.device)

@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +29,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith("GATEFUSE_")]:
     del os.environ[name]
 # Linking a C++ kernel reads PyTorch's symbols and takes a good part of its build; gold, where there
-# is one, is faster at it. GCC looks for a linker here first.
-if "COMPILER_PATH" not in os.environ and (gold := shutil.which("ld.gold")) is not None:
-    os.environ["COMPILER_PATH"] = linkers = own_folder("linker")
-    Path(linkers, "ld").symlink_to(gold)
+# is one that the compiler can use, is faster at it. GCC looks for a linker here first.
+tools = [shutil.which(name) for name in (os.environ.get("CXX", "g++"), "ld.gold")]
+if "COMPILER_PATH" not in os.environ and all(tools):
+    linkers = own_folder("linker")
+    Path(linkers, "ld").symlink_to(tools[1])
+    empty_library = [tools[0], "-shared", "-x", "c++", os.devnull, "-o", f"{linkers}/empty.so"]
+    with_gold = os.environ | {"COMPILER_PATH": linkers}
+    if subprocess.run(empty_library, env=with_gold, capture_output=True).returncode == 0:
+        os.environ |= with_gold
 # Compiled C++ lives in a directory of this run, of all its workers: no test depends on an earlier
 # run's files.
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:

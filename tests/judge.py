@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,9 @@ def run_suite(suite: Suite, enabled: bool, test_timeout: int) -> dict[str, dict[
 
 def compare(suite: Suite, test_timeout: int) -> dict[str, Any]:
     """The suite's figures, and each test whose outcome gatefuse changes."""
-    without, with_gatefuse = (run_suite(suite, on, test_timeout) for on in (False, True))
+    with ThreadPoolExecutor() as both:
+        runs = both.map(lambda on: run_suite(suite, on, test_timeout), (False, True))
+        without, with_gatefuse = runs
     names = sorted(without.keys() | with_gatefuse.keys())
 
     def outcome(run: dict[str, dict[str, Any]], name: str) -> Any:
@@ -170,6 +173,8 @@ def compare(suite: Suite, test_timeout: int) -> dict[str, Any]:
 
 
 def source_of(checkout: Path) -> str:
+    if not (checkout / ".git").exists():  # git would describe what the folder is in
+        return "no git checkout"
     command = ["git", "-C", str(checkout), "describe", "--always", "--tags"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "no git checkout"

@@ -62,14 +62,15 @@ LONG = tuple(Workload(f"{name}-{n}", n, *_LONG[name]) for name in _LONG for n in
 TINY_WORKLOADS = (Workload("decode-2", 2, 4, 24), Workload("prefill", 2, 48, 2))
 
 
-def engine_arguments(model: str, folder: Path, tiny: bool) -> dict[str, Any]:
-    """Arguments of vLLM's LLM, the same for all providers."""
+def engine_arguments(model: str, tiny: bool, layers: int, folder: Path) -> dict[str, Any]:
+    """Arguments of vLLM's LLM, the same for all providers. Fewer layers take less cache."""
+    share = min(1.0, layers / model_zoo.engine_config(model)["num_hidden_layers"])
     arguments: dict[str, Any] = dict(
         **dict(model=str(folder), load_format="dummy", skip_tokenizer_init=True),
         **dict(dtype="bfloat16", seed=0, enable_prefix_caching=False, disable_log_stats=True),
         # Explicit, for engines that are started together would count each other's memory.
-        gpu_memory_utilization=0.3,
-        kv_cache_memory_bytes=(KV_GIB[model] << 30) if not tiny else 1 << 28,
+        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=1 << 28 if tiny else int(share * (KV_GIB[model] << 30)),
         max_num_seqs=max(w.sequences for w in WORKLOADS),
         max_num_batched_tokens=8192,
         max_model_len=8448,
@@ -152,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     content |= {"layers": config["num_hidden_layers"], "engines": {}, "errors": [], "rows": []}
     content["tensor_parallel"] = arguments.tensor_parallel
     out = store.new_path(arguments.out, f"vllm-{arguments.model}")
+    model = arguments.model, arguments.tiny, content["layers"]
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         (place / "model").mkdir()
@@ -164,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.gpus > 1:
                 environment["CUDA_VISIBLE_DEVICES"] = str((index + number) % arguments.gpus)
             log = arguments.out / f"{out.stem}-{provider}{f'-{number}' if number else ''}.log"
-            options = engine_arguments(arguments.model, place / "model", arguments.tiny)
+            options = engine_arguments(*model, place / "model")
             if (size := arguments.tensor_parallel) > 1:
                 options |= dict(tensor_parallel_size=size, **LAUNCHED)
             return Remote(provider, options, environment, log, deadline, ranks_of(size))

@@ -98,9 +98,7 @@ def tables(content: dict[str, Any]) -> list[str]:
         if key == "new_tokens_per_s":
             gain.update(gains.median())
         others = (runs.index.get_level_values("provider") != BASE) & gain.notna()
-        digits = values.map(
-            lambda v: f"{v:.4g}" if abs(v) < 1000 else f"{v:.0f}", na_action="ignore"
-        )
+        digits = values.map(lambda v: f"{v:.4g}" if v < 1000 else f"{v:.0f}", na_action="ignore")
         texts = digits + gain.map(lambda g: f" ({100 * g:+.1f} %)").where(others, "")
         parts += [f"{heading}:", shown(texts)]
     if gains.size().max() > 1:

@@ -1,4 +1,4 @@
-"""What two processes of a gloo group compile together, and check, for `test_distributed`.
+"""What two processes compile together, and check, for `test_distributed`; on the CPU or two GPUs.
 
 Each case runs in both ranks, asserts its values there, and returns how its gates fared. `main`
 writes what came of each to a file for each rank.
@@ -31,6 +31,7 @@ from tests.routes.gates import SharedExpert, judge_all, make_expert, make_input
 from tests.support.gradients import rewritten, rewritten_gradients
 
 RANKS = 2
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 Model = Callable[..., Any]
 Case = Callable[[DeviceMesh], gatefuse.Report]
 
@@ -52,6 +53,7 @@ def step(run: Model, model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def compare(
+    mesh: DeviceMesh,
     prepare: Callable[[nn.Module], tuple[Model, nn.Module]],
     compiled: Callable[[Model], Model] = torch.compile,
     model: Callable[[], nn.Module] = make_expert,
@@ -60,13 +62,14 @@ def compare(
 ) -> gatefuse.Report:
     """Train for a step eagerly, in float64, and compiled with gatefuse and a GPU's rewrite of the
     gate's gradients; compare."""
-    x = make_input(seed=0 if same_input else dist.get_rank())
-    run, wrapped = prepare(model())
+    device = mesh.device_type
+    x = make_input(seed=0 if same_input else dist.get_rank()).to(device)
+    run, wrapped = prepare(model().to(device))
     eager = step(run, wrapped, x)
-    run, wrapped = prepare(model().double())
+    run, wrapped = prepare(model().double().to(device))
     reference = step(run, wrapped, x.double())
-    run, wrapped = prepare(model())
-    with gatefuse.fusing() as report, rewritten_gradients():
+    run, wrapped = prepare(model().to(device))
+    with gatefuse.fusing() as report, rewritten_gradients(device == "cpu"):
         fused = step(compiled(run), wrapped, x)
     judge_all(fused, eager, reference)
     return report
@@ -80,7 +83,7 @@ def tensor_parallel(mesh: DeviceMesh) -> gatefuse.Report:
         parallel = parallelize_module(model, mesh, plan)
         return parallel, parallel
 
-    return compare(prepare, same_input=True)
+    return compare(mesh, prepare, same_input=True)
 
 
 def dtensors(mesh: DeviceMesh) -> gatefuse.Report:
@@ -94,7 +97,7 @@ def dtensors(mesh: DeviceMesh) -> gatefuse.Report:
 
         return run, model
 
-    return compare(prepare)
+    return compare(mesh, prepare)
 
 
 def fsdp2(mesh: DeviceMesh) -> gatefuse.Report:
@@ -104,7 +107,7 @@ def fsdp2(mesh: DeviceMesh) -> gatefuse.Report:
         sharded = fully_shard(model, mesh=mesh)
         return sharded, sharded
 
-    return compare(prepare)
+    return compare(mesh, prepare)
 
 
 def ddp(mesh: DeviceMesh) -> gatefuse.Report:
@@ -112,7 +115,7 @@ def ddp(mesh: DeviceMesh) -> gatefuse.Report:
         parallel = DistributedDataParallel(model)
         return parallel, parallel
 
-    return compare(prepare)
+    return compare(mesh, prepare)
 
 
 def wide_expert() -> nn.Module:
@@ -127,17 +130,18 @@ def ddp_split(mesh: DeviceMesh) -> gatefuse.Report:
         parallel = DistributedDataParallel(model, bucket_cap_mb=1)
         return parallel, parallel
 
-    return compare(prepare, model=wide_expert)
+    return compare(mesh, prepare, model=wide_expert)
 
 
 CASES: dict[str, Case] = {c.__name__: c for c in (tensor_parallel, dtensors, fsdp2, ddp, ddp_split)}
 
 
-def main(rank: int, folder: Path, names: list[str]) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS
-    )
-    mesh = init_device_mesh("cpu", (RANKS,))
+def main(rank: int, folder: Path, device: str, names: list[str]) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group(BACKENDS[device], init_method=store, rank=rank, world_size=RANKS)
+    mesh = init_device_mesh(device, (RANKS,))
     results = {}
     for name in names:
         torch._dynamo.reset()
@@ -156,4 +160,4 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])

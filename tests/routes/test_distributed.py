@@ -1,4 +1,5 @@
-"""Two processes on the CPU that train together: tensor parallelism, DTensors, FSDP2, DDP."""
+"""Two processes that train together, on the CPU and on two GPUs: tensor parallelism, DTensors,
+FSDP2, DDP."""
 
 from __future__ import annotations
 
@@ -15,19 +16,31 @@ import torch
 from tests.routes import ranks
 from tests.support.programs import REPOSITORY
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this PyTorch has no gloo",
-)
+DEVICES = [
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(
+            not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+            reason="this PyTorch has no gloo",
+        ),
+    ),
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < ranks.RANKS, reason="no two GPUs"),
+        ],
+    ),
+]
 
 
-def run_ranks(folder: Path, *names: str) -> list[dict[str, Any]]:
+def run_ranks(folder: Path, device: str, *names: str) -> list[dict[str, Any]]:
     """What each rank found, by case."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "tests.routes.ranks"]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(folder), *names], env=environment, cwd=REPOSITORY
+            [*command, str(rank), str(folder), device, *names], env=environment, cwd=REPOSITORY
         )
         for rank in range(ranks.RANKS)
     ]
@@ -40,10 +53,12 @@ def run_ranks(folder: Path, *names: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks.RANKS)]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=DEVICES)
+def found(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """All cases, one after the other in the same two processes."""
-    return run_ranks(tmp_path_factory.mktemp("ranks"), *ranks.CASES)
+    return run_ranks(tmp_path_factory.mktemp("ranks"), request.param, *ranks.CASES)
 
 
 def of_case(found: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
