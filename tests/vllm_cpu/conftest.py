@@ -25,7 +25,7 @@ import torch
 
 HERE = Path(__file__).parent
 ALONE = {"VLLM_PLUGINS": "cuda_path"}
-#: Every graph is compiled; a kernel's text that an engine before has compiled is not, once more.
+#: Every graph is compiled; a kernel's text that any engine before has compiled is not, once more.
 NO_CACHES = {
     "VLLM_DISABLE_COMPILE_CACHE": "1",
     "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
@@ -139,7 +139,14 @@ def environment(place: Path) -> Callable[[str], dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def run(place: Path, environment: Callable[[str], dict[str, str]]) -> Run:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was compiled of kernels' texts, by all processes of the run."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+
+
+@pytest.fixture(scope="session")
+def run(place: Path, environment: Callable[[str], dict[str, str]], kernels: Path) -> Run:
     """Runs an engine, once for the same model and label."""
     done: dict[str, Engine] = {}
 
@@ -161,6 +168,8 @@ def run(place: Path, environment: Callable[[str], dict[str, str]]) -> Run:
                 "compilation_config": {"mode": 3},
             } | arguments
             plain = environment(f"{model}-{caches}") | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            if NO_CACHES.items() <= (variables or {}).items():
+                plain["TORCHINDUCTOR_CACHE_DIR"] = str(kernels)
             if model == "qwen3_5_moe":
                 plain["PYTHONPATH"] += os.pathsep + str(place / "vision")
             process = subprocess.run(

@@ -7,9 +7,13 @@ mode 3 becomes mode 2: a test of a pass would pass there for other reasons.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+
+#: Variable: shared experts are on each rank whole, as Quark's OCP MX checkpoints have them.
+REPLICATED = "CUDA_PATH_REPLICATED_EXPERTS"
 
 _applied = False
 
@@ -23,6 +27,8 @@ def apply() -> None:
     _plain_linears()
     _keep_mode_3()
     _opaque_moe()
+    if os.environ.get(REPLICATED):
+        _replicated_experts()
 
 
 def _plain_linears() -> None:
@@ -63,3 +69,9 @@ def _opaque_moe() -> None:
         return torch.ops.vllm.moe_forward_shared
 
     MoERunner._select_forward = _select_forward
+
+
+def _replicated_experts() -> None:
+    from vllm.model_executor.models import qwen3_next
+
+    qwen3_next._should_replicate_misaligned_shared_expert = lambda *args, **kwargs: True

@@ -43,6 +43,19 @@ def own_pass() -> Any:
     return OwnPass()
 
 
+def drafted(llm: Any) -> list[torch.Tensor]:
+    """Gets the logits of each step of the engine's draft model."""
+    draft = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter.model
+    compute, drafts = draft.compute_logits, []
+
+    def compute_logits(*args: Any, **kwargs: Any) -> Any:
+        drafts.append(compute(*args, **kwargs).double())
+        return drafts[-1]
+
+    draft.compute_logits = compute_logits
+    return drafts
+
+
 def main(out: str, arguments: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
     from vllm.compilation.backends import VllmBackend
@@ -86,6 +99,7 @@ def main(out: str, arguments: dict[str, Any]) -> None:
             config["inductor_compile_config"] = {"post_grad_custom_post_pass": hook}
     folders = arguments.pop("reload", [])
     llm = LLM(**arguments)
+    drafts = drafted(llm) if "speculative_config" in arguments else []
     params = SamplingParams(
         temperature=0,
         max_tokens=NEW_TOKENS,
@@ -119,6 +133,7 @@ def main(out: str, arguments: dict[str, Any]) -> None:
         "graphs": graphs,
         "traced": traced,
         "seen_by_own_pass": seen_by_own_pass,
+        "drafts": drafts,
         "hash": llm.llm_engine.vllm_config.compute_hash(),
         "matches": dict(VllmPatternMatcherPass.match_table),
         "counter": counters["inductor"]["gatefuse_fused"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 
 from tests.vllm_cpu.conftest import ALONE, NO_CACHES, Engine, Reference, Run
@@ -13,14 +15,14 @@ def line(fused: int, gates: int | None = None, placement: str = "inline") -> str
     )
 
 
-def fused_engine(run: Run, model: str) -> Engine:
-    return run(model, "fused", caches="shared")
+def fused_engine(run: Run, model: str, **arguments: Any) -> Engine:
+    return run(model, "fused", caches="shared", **arguments)
 
 
-def unfused_engine(run: Run, model: str) -> Engine:
+def unfused_engine(run: Run, model: str, **arguments: Any) -> Engine:
     """Without the plugin, with the pass."""
     config = {"mode": 3, "hook": "gatefuse"}
-    return run(model, "pass alone", NO_CACHES | ALONE, compilation_config=config)
+    return run(model, "pass alone", NO_CACHES | ALONE, compilation_config=config, **arguments)
 
 
 def assert_near(error: torch.Tensor, allowed: torch.Tensor) -> None:
@@ -38,20 +40,27 @@ def of_prompts(reference: Reference, model: str, engine: Engine) -> list[torch.T
 
 
 class OneModel:
-    """Tests of one model; ``gates``: how many it has."""
+    """Tests of one model; ``gates``: how many it has; ``arguments``: more of its engines'."""
 
     model: str
     gates: int
+    arguments: ClassVar[dict[str, Any]] = {}
+
+    def fused(self, run: Run) -> Engine:
+        return fused_engine(run, self.model, **self.arguments)
+
+    def unfused(self, run: Run) -> Engine:
+        return unfused_engine(run, self.model, **self.arguments)
 
     def test_each_layer_has_one_fused_op(self, run: Run) -> None:
-        fused = fused_engine(run, self.model)
+        fused = self.fused(run)
         assert fused.result["mode"] == "VLLM_COMPILE"
         assert fused.ops == self.gates
         assert fused.result["matches"]["gatefuse"] == self.gates
         assert fused.lines == [line(self.gates)]
 
     def test_without_the_plugin_no_pass_sees_a_gate(self, run: Run) -> None:
-        unfused = unfused_engine(run, self.model)
+        unfused = self.unfused(run)
         assert unfused.result["graphs"]
         assert unfused.ops == 0
         assert unfused.result["counter"] == 0
@@ -60,7 +69,7 @@ class OneModel:
         """`|fused - ref| <= 2 * |unfused - ref|` against transformers in float32, with no slack for
         a rounding: over prompts, and over new tokens, each engine on the tokens it chose."""
         errors = []
-        for engine in (fused_engine(run, self.model), unfused_engine(run, self.model)):
+        for engine in (self.fused(run), self.unfused(run)):
             differences: dict[str, list[torch.Tensor]] = {"prompt": [], "new": []}
             for i, expected in enumerate(reference(self.model, engine)):
                 n = len(engine.result["prompt"][i])

@@ -26,7 +26,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # Three layers with a gated delta net and one with attention, as in the real models.
     "qwen3_5_moe": _HYBRID
     | dict(architectures=["Qwen3_5MoeForCausalLM"], model_type="qwen3_5_moe_text"),
-    "qwen3_next": _HYBRID,
+    # With a draft of multi-token prediction, as the real one.
+    "qwen3_next": _HYBRID | dict(num_nextn_predict_layers=1),
 }
 
 
@@ -52,22 +53,32 @@ def _shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     H, shapes = c["hidden_size"], {}
     shapes["model.embed_tokens.weight"] = (c["vocab_size"], H)
     for i in range(c["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (H,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (H,)
-        if "full_attention_interval" not in c:
-            shapes |= _attention(f"{layer}.self_attn", c)
-        elif (i + 1) % c["full_attention_interval"] == 0:
-            shapes |= _attention(f"{layer}.self_attn", c, gated=True)
-        else:
-            shapes |= _delta_net(f"{layer}.linear_attn", c)
-        shapes[f"{layer}.mlp.gate.weight"] = (c["num_experts"], H)
-        shapes[f"{layer}.mlp.shared_expert_gate.weight"] = (1, H)
-        shapes |= _mlp(f"{layer}.mlp.shared_expert", H, c["shared_expert_intermediate_size"])
-        for e in range(c["num_experts"]):
-            shapes |= _mlp(f"{layer}.mlp.experts.{e}", H, c["moe_intermediate_size"])
+        attends = (i + 1) % c.get("full_attention_interval", 1) == 0
+        shapes |= _layer(f"model.layers.{i}", c, attends)
     shapes["model.norm.weight"] = (H,)
     shapes["lm_head.weight"] = (c["vocab_size"], H)
+    if c.get("num_nextn_predict_layers"):
+        shapes["mtp.fc.weight"] = (H, 2 * H)
+        norms = "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"
+        shapes |= {f"mtp.{norm}.weight": (H,) for norm in norms}
+        shapes |= _layer("mtp.layers.0", c, attends=True)
+    return shapes
+
+
+def _layer(layer: str, c: dict[str, Any], attends: bool) -> dict[str, tuple[int, ...]]:
+    H, shapes = c["hidden_size"], {}
+    shapes[f"{layer}.input_layernorm.weight"] = (H,)
+    shapes[f"{layer}.post_attention_layernorm.weight"] = (H,)
+    if attends:
+        gated = "full_attention_interval" in c
+        shapes |= _attention(f"{layer}.self_attn", c, gated)
+    else:
+        shapes |= _delta_net(f"{layer}.linear_attn", c)
+    shapes[f"{layer}.mlp.gate.weight"] = (c["num_experts"], H)
+    shapes[f"{layer}.mlp.shared_expert_gate.weight"] = (1, H)
+    shapes |= _mlp(f"{layer}.mlp.shared_expert", H, c["shared_expert_intermediate_size"])
+    for e in range(c["num_experts"]):
+        shapes |= _mlp(f"{layer}.mlp.experts.{e}", H, c["moe_intermediate_size"])
     return shapes
 
 
@@ -79,7 +90,7 @@ def _mlp(prefix: str, H: int, width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _attention(prefix: str, c: dict[str, Any], gated: bool = False) -> dict[str, tuple[int, ...]]:
+def _attention(prefix: str, c: dict[str, Any], gated: bool) -> dict[str, tuple[int, ...]]:
     """gated: queries come with a gate of the same size."""
     H, shapes = c["hidden_size"], {}
     head = c.get("head_dim", H // c["num_attention_heads"])
