@@ -82,12 +82,15 @@ def test_a_time_that_is_over_at_once(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_modules_are_measured(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    arguments = ["--models", "qwen2_moe", "--parts", "layer", "--rows", "4", "--modes", "default"]
+    arguments = ["--models", "qwen2_moe", "--rows", "4", "--modes", "default"]
+    arguments += ["--parts", "layer,layer-training"]
     found = measured(tmp_path, "modules", *arguments).modules
-    fused, plain = (row_of(found, provider=name) for name in ("gatefuse-auto", "inductor"))
-    assert fused.fused == 1
-    assert 0 < fused.kernels < plain.kernels
-    assert 0 < fused.pass_ms < fused.compile_s * 1e3
+    for part in ("layer", "layer-training"):
+        names = "gatefuse-auto", "inductor"
+        fused, plain = (row_of(found, part=part, provider=name) for name in names)
+        assert fused.fused == 1
+        assert 0 < fused.kernels < plain.kernels
+        assert 0 < fused.pass_ms < fused.compile_s * 1e3
 
 
 def test_providers_of_a_module_are_compiled_alternately() -> None:
