@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 import types
 from abc import ABC
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -185,7 +188,8 @@ class Runner(Pluggable, ABC):
         return self._op
 
     def _op(self, hidden_states: Any, router_logits: Any, shared_experts_input: Any) -> Any:
-        return self.shared(shared_experts_input), hidden_states
+        x = hidden_states if shared_experts_input is None else shared_experts_input
+        return self.shared(x), hidden_states
 
     def forward(self, hidden_states: Any, router_logits: Any, shared_experts_input: Any) -> Any:
         shared, fused = self._forward_entry(hidden_states, router_logits, shared_experts_input)
@@ -207,11 +211,12 @@ def test_hoisted_gate_gives_the_same_result(made: list[Any]) -> None:
     gate = expert.expert_gate
     runner = moe_runner.gate_hoisting(Runner)(expert)
     assert made == [(runner, expert, None)]
-    before = runner(routed, None, x)
+    before, alone = runner(routed, None, x), runner(routed, None, None)
     parameters = set(dict(runner.named_parameters()))
     runner.hoist(expert, "expert_gate")
     assert expert.expert_gate is None
     assert torch.equal(runner(routed, None, x), before)
+    assert torch.equal(runner(routed, None, None), alone)
     gate.weight.data.zero_()
     assert torch.equal(runner(routed, None, x), 0.5 * expert(x) + routed), "of the gate as it is"
     assert set(dict(runner.named_parameters())) == parameters - {"shared.expert_gate.weight"}
@@ -496,6 +501,70 @@ def test_count_of_a_model_that_is_compiled_as_a_whole() -> None:
     )
     counted = fusion_count._of_whole_models(SimpleNamespace(model_runner=runner))
     assert [c["fused"] for c in counted] == [2, 3]
+
+
+def test_a_hook_on_an_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Called once, when the module is complete; a module that is missing is missing as ever."""
+    (tmp_path / "imported_later.py").write_text("value = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    seen: list[Any] = []
+    for name in ("imported_later", "not_there_at_all"):
+        finder = moe_runner._AfterImport(name, lambda module: seen.append(vars(module)["value"]))
+        sys.meta_path.insert(0, finder)
+    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+        importlib.import_module("not_there_at_all")
+    importlib.import_module("imported_later")
+    monkeypatch.delitem(sys.modules, "imported_later")
+    importlib.import_module("imported_later")
+    assert seen == [1]
+
+
+OP = "Tensor hidden_states, Tensor router_logits, Tensor? shared_experts_input, str layer"
+
+
+@pytest.mark.parametrize(
+    "runner, op, problem",
+    [
+        (Runner, f"{OP}) -> (Tensor, Tensor)", None),
+        (Pluggable, f"{OP}) -> (Tensor, Tensor)", "does not take the shared expert"),
+        (
+            type("", (Pluggable,), {"__init__": lambda self, shared_experts: None}),
+            f"{OP}) -> (Tensor, Tensor)",
+            "does not choose how the MoE op is called",
+        ),
+        (Runner, f"Tensor x, {OP}) -> (Tensor, Tensor)", "something else than is known"),
+        (Runner, f"{OP}) -> Tensor", "something else than is known"),
+    ],
+)
+def test_runners_that_look_different(
+    monkeypatch: pytest.MonkeyPatch, runner: Any, op: str, problem: str | None
+) -> None:
+    schema = torch._C.parse_schema(f"vllm::moe_forward_shared({op}")
+    op_of = SimpleNamespace(moe_forward_shared=SimpleNamespace(default=SimpleNamespace()))
+    op_of.moe_forward_shared.default._schema = schema
+    monkeypatch.setattr(torch.ops, "vllm", op_of, raising=False)
+    custom_op = types.ModuleType("custom_op")
+    custom_op.op_registry_oot = {}  # type: ignore[attr-defined]
+    parent = types.ModuleType("vllm.model_executor")
+    parent.custom_op = custom_op  # type: ignore[attr-defined]
+    for name, module in (("vllm", types.ModuleType("vllm")), ("vllm.model_executor", parent)):
+        monkeypatch.setitem(sys.modules, name, module)
+    found = moe_runner.problem_of(runner)
+    assert found is None if problem is None else problem in str(found)
+
+
+def test_a_runner_that_cannot_be_registered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever raises, vLLM goes on, with a line."""
+    monkeypatch.setattr(fusion_count, "install", lambda: None)
+    monkeypatch.setattr(moe_runner, "problem_of", lambda runner: 1 / 0)
+    moe_runner._register(type("MoERunner", (Runner,), {}))
+    assert caplog.messages == [
+        "gatefuse: gates inside the MoE op are left to vLLM: "
+        "its MoE runner cannot be replaced: ZeroDivisionError: division by zero"
+    ]
 
 
 def test_plugin_imports_no_vllm() -> None:

@@ -7,6 +7,7 @@ some of them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from gatefuse.integrations.vllm import compiled_models, fusion_count, moe_runner, passes
+from tests.test_vllm import Expert, Linear
 from tests.vllm_cpu import cuda_path
 
 pytest.importorskip("vllm")
@@ -237,6 +239,7 @@ def test_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, False),
         (["q_proj", "shared_expert_gate"], False),
         (["model.layers.0.mlp.shared_expert_gate"], False),
+        (["expert_gate"], False),  # the same gate, as the shared expert calls it
         (["q_proj", "o_proj"], True),
     ],
 )
@@ -314,6 +317,41 @@ def test_shared_experts_outside_the_op(build: Build, monkeypatch: pytest.MonkeyP
     assert built.graph_pass is not None and not built.hoisted
     experts = [m for m in built.model.modules() if isinstance(m, qwen3_next.Qwen3NextMLP)]
     assert all(expert.expert_gate is not None for expert in experts)
+
+
+def test_which_modules_have_a_gate(build: Build) -> None:
+    """A traced gate counts under the name that shared experts have for it. One of a block of
+    transformers is a plain linear: the pass is added, and what it fuses counts."""
+
+    def take(model: torch.nn.Module) -> tuple[list[str | None], bool]:
+        config = copy.copy(built.config.compilation_config)
+        config.inductor_compile_config = {}
+        compiled_models._take_gates(model, SimpleNamespace(compilation_config=config))
+        left = list(fusion_count._gates.get(id(config), {}).values())
+        return left, passes.pass_of(config) is not None
+
+    class OtherName(Expert):
+        def __init__(self) -> None:
+            super().__init__()
+            self.row_gate, self.expert_gate = self.expert_gate, None
+
+        def forward(self, x: Any) -> Any:
+            out, _ = self.down_proj(x)
+            return out if self.row_gate is None else self.row_gate(x)[0].sigmoid() * out
+
+    def block(gate: torch.nn.Module) -> torch.nn.Module:
+        made = torch.nn.Module()
+        made.shared_expert_gate = gate
+        return made
+
+    built = build("qwen2_moe")
+    gate = torch.nn.Linear(8, 1, bias=False)
+    assert take(torch.nn.Sequential(Expert())) == ([None], True)
+    assert take(torch.nn.Sequential(Expert(gate), Expert(gate))) == ([None] * 2, True)
+    assert take(torch.nn.Sequential(OtherName())) == ([], False)
+    assert take(block(Linear())) == ([], False)
+    assert take(block(gate)) == ([], True)
+    assert take(torch.nn.Sequential(gate)) == ([], False)
 
 
 def test_gates_that_vllm_fuses_with_the_routers(

@@ -178,7 +178,6 @@ def _take_gates(model: nn.Module, vllm_config: Any) -> None:
                 continue
             problem = engine_problem
             if name == "expert_gate" and problem_of(module, name) is None:
-                known.add(id(gate))
                 if (runner := inside.get(id(module))) is not None:
                     problem = f"{type(runner).__name__} may call the MoE op in ways of its own"
                 fusion_count.note_gate(config, f"{type(model).__name__}.{path}", problem)
