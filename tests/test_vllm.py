@@ -520,6 +520,14 @@ def test_a_hook_on_an_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert seen == [1]
 
 
+def test_vllm_in_the_middle_of_its_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, moe_runner.RUNNER_MODULE, types.ModuleType("half"))
+    monkeypatch.setattr(sys, "meta_path", [])
+    for _ in range(2):
+        moe_runner.install()
+    assert [type(finder) for finder in sys.meta_path] == [moe_runner._AfterImport]
+
+
 OP = "Tensor hidden_states, Tensor router_logits, Tensor? shared_experts_input, str layer"
 
 
