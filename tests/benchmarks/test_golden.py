@@ -105,6 +105,18 @@ def test_the_launch_rule_has_the_same_distance_from_the_best() -> None:
     assert found == GOLDEN["launch-config"]
 
 
+def test_the_launch_rule_is_near_the_best_launch() -> None:
+    """By the measurements since then, in bfloat16 and float32."""
+    pytest.importorskip("triton")
+    from benchmarks import run_launch_config
+
+    for path in (ROOT / "benchmarks" / "results").glob("*launch-config*.json"):
+        for line in run_launch_config.summary(json.loads(path.read_text())["rows"]):
+            ratios = [float(ratio) for ratio in re.findall(r"N=\d+ ([\d.]+)", line)]
+            assert len(ratios) == 5
+            assert max(ratios) <= 1.07, line
+
+
 def test_what_is_published_is_that_of_the_committed_results() -> None:
     for path, text in publish.published().items():
         assert path.read_text() == text, f"{path} is not what `python -m benchmarks publish` writes"
