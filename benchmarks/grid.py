@@ -132,6 +132,7 @@ MODULE_ROWS = (16, 4096, 1, 1024, 256, 32768)
 MODULE_TUNED_ROWS = (16, 4096)
 """Tokens in max-autotune, where tuning the matrix products takes minutes."""
 MODULE_UNTRAINED_ROWS = (16, 1, 1024, 32768)
+"""Of MODULE_ROWS those that the layer is not trained with: two sizes tell enough."""
 
 
 def module_cases(

@@ -49,9 +49,10 @@ print((time.perf_counter() - begin) * 1e3, int(torch.cuda.is_initialized()))
 def host_times(
     calls: dict[Provider, Callable[[], Any]], device: str, batch: int = 64, rounds: int = 50
 ) -> dict[Provider, Row]:
-    """Host time per call without CUDA graphs: the wall clock over batches of ``batch`` calls. A
-    batch is far shorter than the launch queue, so the host never waits for the device, which is
-    meaningful as long as a call takes the device less time than the host."""
+    """Host time per call without CUDA graphs: the wall clock over batches of ``batch`` calls. The
+    device is synchronised after each batch, outside the timed region, and a batch is far shorter
+    than the launch queue: the host never waits for the device, which is meaningful as long as a
+    call takes the device less time than the host."""
     samples: dict[Provider, list[float]] = {key: [] for key in calls}
     gc.disable()
     try:

@@ -62,7 +62,7 @@ LONG = tuple(Workload(f"{name}-{n}", n, *_LONG[name]) for name in _LONG for n in
 TINY_WORKLOADS = (Workload("decode-2", 2, 4, 24), Workload("prefill", 2, 48, 2))
 
 
-def engine_arguments(model: str, tiny: bool, layers: int, folder: Path) -> dict[str, Any]:
+def engine_arguments(model: str, folder: Path, tiny: bool, layers: int) -> dict[str, Any]:
     """Arguments of vLLM's LLM, the same for all providers. Fewer layers take less cache."""
     share = min(1.0, layers / model_zoo.engine_config(model)["num_hidden_layers"])
     arguments: dict[str, Any] = dict(
@@ -150,10 +150,10 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     content: dict[str, Any] = {"kind": "vllm", "header": store.header(device, argv or sys.argv[1:])}
     content |= {"model": arguments.model + ", tiny" * arguments.tiny, "config": config}
-    content |= {"layers": config["num_hidden_layers"], "engines": {}, "errors": [], "rows": []}
+    layers = config["num_hidden_layers"]
+    content |= {"layers": layers, "engines": {}, "errors": [], "rows": []}
     content["tensor_parallel"] = arguments.tensor_parallel
     out = store.new_path(arguments.out, f"vllm-{arguments.model}")
-    model = arguments.model, arguments.tiny, content["layers"]
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         (place / "model").mkdir()
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.gpus > 1:
                 environment["CUDA_VISIBLE_DEVICES"] = str((index + number) % arguments.gpus)
             log = arguments.out / f"{out.stem}-{provider}{f'-{number}' if number else ''}.log"
-            options = engine_arguments(*model, place / "model")
+            options = engine_arguments(arguments.model, place / "model", arguments.tiny, layers)
             if (size := arguments.tensor_parallel) > 1:
                 options |= dict(tensor_parallel_size=size, **LAUNCHED)
             return Remote(provider, options, environment, log, deadline, ranks_of(size))

@@ -40,7 +40,7 @@ class TestQwen3Next(OneModel):
 
 
 def test_replicated_shared_experts(run: Run, reference: Reference) -> None:
-    """vLLM does not put them into its MoE op, so that it traces the gate itself."""
+    """vLLM keeps them out of its MoE op and so traces the gate itself."""
     model = "qwen3_next"
     fused = run(model, "replicated", NO_CACHES | {REPLICATED: "1"})
     assert not any("moe_forward_shared" in code for code in fused.result["traced"])
