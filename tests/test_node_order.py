@@ -1,4 +1,4 @@
-"""Rewrites move nodes: no write to memory is passed."""
+"""Rewrites move nodes: no write to memory is passed. Graphs that others left out of order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import gatefuse
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.match_gate import find_sites
-from gatefuse.inductor.node_order import Stretches
+from gatefuse.inductor.node_order import Stretches, is_sorted
 from tests.support.graphs import copy_of, traced
 
 aten = torch.ops.aten
@@ -274,3 +274,71 @@ def test_the_time_of_the_pass_is_linear(make: Callable[[int], Callable[..., Any]
             seconds.append(time.process_time() - begin)
         assert len(sites) == n
     assert seconds[1] < 3 * 8 * seconds[0], f"{seconds}: quadratic would be 64 times"
+
+
+# --- graphs out of order ------------------------------------------------------------------------
+
+
+def names(graph: Graph) -> list[str]:
+    return [node.name for node in graph.nodes]
+
+
+def gate_beside(x: Tensor, w: Tensor, v: Tensor) -> Any:
+    return torch.sigmoid(F.linear(x, w)) * v, x.abs().neg()
+
+
+def out_of_order(fn: Callable[..., Any], target: Any, *inputs: Tensor) -> Graph:
+    """The graph of a function with one node behind all that use it, as a pass may leave it. A pass
+    of vLLM does, in block FP8."""
+    graph = traced(fn, *inputs)
+    (node,) = graph.find_nodes(op="call_function", target=target)
+    next(iter(graph.find_nodes(op="output"))).prepend(node)
+    assert not is_sorted(graph)
+    return graph
+
+
+@pytest.mark.parametrize("target", [aten.abs.default, aten.mm.default, aten.sigmoid.default])
+def test_a_graph_out_of_order_is_fused(target: Any) -> None:
+    inputs = randn(6, 16), randn(1, 16), randn(6, 16)
+    graph = out_of_order(gate_beside, target, *inputs)
+    with gatefuse.record() as report:
+        GateFusionPass()(graph)
+    assert report.fused == 1
+    graph.lint()
+    results = torch.fx.GraphModule(torch.nn.Module(), graph)(*inputs)
+    torch.testing.assert_close(results, gate_beside(*inputs))
+
+
+def test_a_write_counts_where_it_will_run() -> None:
+    """First in the graph, but it uses what follows the linear."""
+    inputs = randn(6, 16), randn(1, 16), randn(6, 16)
+    graph = traced(gate_beside, *inputs)
+    (linear,) = graph.find_nodes(op="call_function", target=aten.mm.default)
+    value = graph.find_nodes(op="placeholder")[2]
+    value.append(graph.call_function(aten.copy_.default, (value, linear)))
+    assert not is_sorted(graph)
+    with gatefuse.record() as report:
+        GateFusionPass()(graph)
+    assert report.fused == 0
+    assert "memory is written" in str(report)
+
+
+def test_a_graph_out_of_order_without_a_gate_is_not_touched() -> None:
+    graph = out_of_order(lambda x: x.abs().neg().exp(), aten.abs.default, randn(2))
+    before = names(graph)
+    GateFusionPass()(graph)
+    assert names(graph) == before
+
+
+def test_a_graph_that_cannot_be_sorted_stays() -> None:
+    inputs = randn(6, 16), randn(1, 16), randn(6, 16)
+    graph = out_of_order(gate_beside, aten.abs.default, *inputs)
+    (last,) = graph.find_nodes(op="call_function", target=aten.neg.default)
+    (first,) = graph.find_nodes(op="call_function", target=aten.abs.default)
+    first.replace_input_with(first.all_input_nodes[0], last)
+    before = names(graph)
+    with gatefuse.record() as report:
+        GateFusionPass()(graph)
+    assert names(graph) == before
+    assert report.fused == 0
+    assert "left unfused after an error" in str(report)

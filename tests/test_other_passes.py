@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 import torch._inductor.config as inductor_config
+import torch.nn.functional as F
+from torch import Tensor
 from torch.fx import Graph
 
 import gatefuse
@@ -48,6 +50,24 @@ def test_a_plain_function_on_the_hook_keeps_running() -> None:
     with inductor_config.patch({HOOK: mine}), gatefuse.fusing():
         assert report_of().fused == 1
     assert seen == [1]
+
+
+def test_a_pass_that_leaves_the_graph_out_of_order() -> None:
+    """Inductor sorts when all passes have run."""
+
+    def mine(graph: Graph) -> None:
+        (add,) = find(graph, torch.ops.aten.add.Tensor)
+        (neg,) = find(graph, torch.ops.aten.neg.default)
+        add.prepend(neg)
+
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.sigmoid(F.linear(x, w)) * v, v.neg().exp() + 1
+
+    inputs = torch.randn(6, 16), torch.randn(1, 16), torch.randn(6, 16)
+    with inductor_config.patch({HOOK: mine}), gatefuse.fusing() as report, torch.no_grad():
+        results = torch.compile(fn)(*inputs)
+    assert report.fused == 1
+    torch.testing.assert_close(results, fn(*inputs))
 
 
 def test_a_pass_added_after_gatefuse_stays() -> None:

@@ -25,6 +25,7 @@ from gatefuse.inductor.drawn_nodes import drawn_nodes
 from gatefuse.inductor.gradient_rewriter import rewrite_gradients
 from gatefuse.inductor.match_gate import Rejection, Site, find_sites
 from gatefuse.inductor.match_linear import LOGIT_IS_INPUT
+from gatefuse.inductor.node_order import is_sorted, sort
 from gatefuse.inductor.rewriter import META_KEY, DifferentResult, Rewriter
 from gatefuse.origin import origin_of
 from gatefuse.records import GraphReport, RejectionReport, SiteReport
@@ -100,9 +101,16 @@ class GateFusionPass(CustomGraphPass):
         entry = GraphReport(f"graph_{next(_graph_numbers)}_{phase}", phase)
         try:
             found, rejections = find_sites(graph)
+            if (found or rejections) and not is_sorted(graph):
+                sort(graph)
+                found, rejections = find_sites(graph)
         except Exception as e:  # a graph nobody foresaw compiles unfused
-            log.warning("gatefuse: matching failed, the graph is left as it is", exc_info=True)
             entry.error = f"{type(e).__name__}: {e}"
+            log.warning(
+                "gatefuse: matching failed, the graph is left as it is: %s",
+                entry.error,
+                exc_info=True,
+            )
             found, rejections = [], []
         if phase == "backward":
             # A gate's derivative has its sigmoid, of a logit that the forward has kept.
@@ -174,9 +182,13 @@ class GateFusionPass(CustomGraphPass):
         try:
             rewriter.finish()
         except Exception as e:
-            log.warning("gatefuse: rewriting failed, the graph is left as it is", exc_info=True)
             rewriter.undo()
             entry.error = f"{type(e).__name__}: {e}"
+            log.warning(
+                "gatefuse: rewriting failed, the graph is left as it is: %s",
+                entry.error,
+                exc_info=True,
+            )
             entry.sites = []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -12,7 +13,36 @@ from torch.fx import Graph, GraphModule, Node
 
 from gatefuse.inductor.fx_utils import arguments
 
-__all__ = ["KeptLogits", "Order", "Stretches", "upstream"]
+__all__ = ["KeptLogits", "Order", "Stretches", "is_sorted", "put_back", "sort", "upstream"]
+
+
+def is_sorted(graph: Graph) -> bool:
+    """Whether each node stands behind those that it uses. A pass may leave that to what runs after
+    it: Inductor and vLLM sort when all passes have run."""
+    seen = set[Node]()
+    for node in graph.nodes:
+        if not seen.issuperset(node.all_input_nodes):
+            return False
+        seen.add(node)
+    return True
+
+
+def sort(graph: Graph) -> None:
+    """Put each node behind those that it uses, as Inductor does; on an error none is moved."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    order = list(graph.nodes)
+    try:
+        stable_topological_sort(graph)
+    except Exception:
+        put_back(order)
+        raise
+
+
+def put_back(order: list[Node]) -> None:
+    """Put the nodes of a graph back into an order that it had."""
+    for node, following in itertools.pairwise(order):
+        node.append(following)
 
 
 class Order:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import operator
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.fx import Graph, Node
 
 from gatefuse.inductor.fx_utils import known, roundings, same_shape
 from gatefuse.inductor.match_gate import Site, logit_shape_op, site_dtype
+from gatefuse.inductor.node_order import put_back, sort
 from gatefuse.settings import Options
 
 __all__ = ["META_KEY", "DifferentResult", "Rewriter", "check_same", "erase_unused", "insert_call"]
@@ -75,10 +75,8 @@ class Rewriter:
             user.args = torch.fx.map_arg(user.args, self._now)
             user.kwargs = torch.fx.map_arg(user.kwargs, self._now)
         if any(site.keeps_logit for site in self.sites):
-            from torch._inductor.pattern_matcher import stable_topological_sort
-
             self.order = list(self.graph.nodes)
-            stable_topological_sort(self.graph)
+            sort(self.graph)
         self.graph.lint()
         # The rest of a site goes with what it leads to, or stays because something else uses it.
         erase_unused(self.graph, [n for site in self.sites for n in (site.logit, site.anchor)])
@@ -87,8 +85,7 @@ class Rewriter:
         """Put the graph back, after an error before anything was erased."""
         for user, args, kwargs in self.users:
             user.args, user.kwargs = args, kwargs
-        for node, following in itertools.pairwise(self.order):
-            node.append(following)
+        put_back(self.order)
         self._erase_new(0)
 
     def _erase_new(self, start: int) -> None:

@@ -7,6 +7,7 @@ of the prompts and for each new token), the graphs after vLLM's passes, vLLM's h
 configuration, vLLM's match table, and gatefuse's counter. "hook" in the compilation config puts a
 pass on vLLM's hook: "gatefuse", or "own" for one that is none of gatefuse's. "reload": folders
 whose weights the engine loads in turn, with the log-probabilities of the prompts after each.
+"adapter": the folder of a LoRA adapter, with the log-probabilities of the prompts under it.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def main(out: str, arguments: dict[str, Any]) -> None:
 
             hook = {"gatefuse": gatefuse.vllm_pass, "own": own_pass()}[which]
             config["inductor_compile_config"] = {"post_grad_custom_post_pass": hook}
-    folders = arguments.pop("reload", [])
+    folders, adapter = arguments.pop("reload", []), arguments.pop("adapter", None)
     llm = LLM(**arguments)
     drafts = drafted(llm) if "speculative_config" in arguments else []
     params = SamplingParams(
@@ -109,9 +110,9 @@ def main(out: str, arguments: dict[str, Any]) -> None:
         prompt_logprobs=vocabulary,
     )
 
-    def generate() -> tuple[list[Any], list[torch.Tensor]]:
+    def generate(**request: Any) -> tuple[list[Any], list[torch.Tensor]]:
         prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False, **request)
         tables = [[table(e, vocabulary) for e in o.prompt_logprobs[1:]] for o in outputs]
         return outputs, [torch.stack(rows) for rows in tables]
 
@@ -120,6 +121,11 @@ def main(out: str, arguments: dict[str, Any]) -> None:
     for folder in folders:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         reloaded.append(torch.cat(generate()[1]))
+    adapted = None
+    if adapter is not None:
+        from vllm.lora.request import LoRARequest
+
+        adapted = torch.cat(generate(lora_request=LoRARequest("adapter", 1, adapter))[1])
     from torch._dynamo.utils import counters
 
     result = {
@@ -127,6 +133,7 @@ def main(out: str, arguments: dict[str, Any]) -> None:
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "prompt": logprobs,
         "reloaded": reloaded,
+        "adapted": adapted,
         "new": [
             torch.stack([table(e, vocabulary) for e in o.outputs[0].logprobs]) for o in outputs
         ],

@@ -31,10 +31,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(folder: Path, name: str, gates: float = 1.0) -> Path:
+def build(folder: Path, name: str, gates: float = 1.0, **fields: Any) -> Path:
     """Write the model `name` of CONFIGS to a folder; returns the folder. gates: a factor of the
-    weights of the shared experts' gates."""
-    config = CONFIGS[name]
+    weights of the shared experts' gates. fields: others of the configuration."""
+    config = CONFIGS[name] | fields
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     generator = torch.Generator().manual_seed(0)
