@@ -38,6 +38,7 @@ from gatefuse.bench.measure import (
     fusion_facts,
     inductor_options,
     norms,
+    peak_bytes,
     reraise_if_broken,
     uncached_compiles,
     with_own_code,
@@ -48,8 +49,7 @@ CALLS = 8  # in a sample
 PROFILED_CALLS = 4
 NO_KERNELS = ("Memcpy", "Memset", "Context Sync")  # what else happens on a GPU
 
-Draw = tuple[str, int]
-"""A provider and the number of its compile."""
+Draw = tuple[str, int]  # a provider and the number of its compile
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -154,6 +154,8 @@ def run_case(run: Run, case: ModuleCase, lock: BaseFileLock) -> list[Row]:
                 with lock:
                     profiled(call, run.device)  # the profiler's own start
                     kernels, microseconds = profiled(call, run.device)
+                if run.device == "cuda":
+                    row["peak_bytes"] = peak_bytes(lambda _, call=call: call())  # type: ignore[misc]
                 row |= {**facts, "kernels": kernels, "profiler_us": round(microseconds, 3)}
                 calls[provider, draw] = call
             except Exception as error:

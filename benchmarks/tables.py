@@ -181,23 +181,21 @@ class Tables:
     def modules(self) -> list[str]:
         heads = ["N", "kernels: Inductor", "gatefuse", "µs: Inductor", "gatefuse", "ratio"]
         heads += ["slowest compile, µs: Inductor", "gatefuse"]
-        heads += ["compile, s: Inductor", "gatefuse", "pass, ms"]
+        heads += ["compile, s: Inductor", "gatefuse", "pass, ms", "peak memory, ratio"]
         parts, modules = [], modules_beside_inductor(self.results.modules)
         for mode in grid.MODULE_MODES:
             names, body = [], []
             for key, rows in modules[modules["mode"] == mode].groupby(MODULE):
                 if len(rows) != len(grid.MODULE_PROVIDERS):
                     continue
-                plain, fused = rows.sort_values("provider", ascending=False).itertuples()
-                kernels = [
-                    number(r.kernels) if pd.isna(r.error) else "failed" for r in (plain, fused)
-                ]
+                plain, fused = both = [*rows.sort_values("provider", ascending=False).itertuples()]
+                kernels = [number(r.kernels) if pd.isna(r.error) else "failed" for r in both]
                 line = [str(key[2]), *kernels, spread(plain), spread(fused)]
                 if "failed" not in kernels:
                     flag = self.flag(fused.case, fused.provider, fused.mode)
-                    line += [ratio(fused.ratio) + flag, number(plain.slowest_us)]
-                    line += [number(fused.slowest_us), f"{plain.compile_s:.1f}"]
-                    line += [f"{fused.compile_s:.1f}", number(fused.pass_ms)]
+                    line += [ratio(fused.ratio) + flag, *(number(r.slowest_us) for r in both)]
+                    line += [f"{r.compile_s:.1f}" for r in both]
+                    line += [number(fused.pass_ms), ratio(fused.peak_bytes / plain.peak_bytes)]
                 names.append(f"{key[0]} {key[1]}")
                 body.append(line + [""] * (len(heads) - len(line)))
             if body:

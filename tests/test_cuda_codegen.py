@@ -210,6 +210,17 @@ def test_island_is_one_launch(dtype: torch.dtype, rows: bool) -> None:
     assert [site.placement for site in report.sites] == ["inline"]
 
 
+@pytest.mark.parametrize("n", [0, 3])
+def test_the_kernel_takes_rows_in_another_order(n: int) -> None:
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(F.linear(x, w)) * v.transpose(0, 1)
+
+    _, report = generate(fn, [(4, n, 128), (1, 128), (n, 4, 128)], placement="kernel")
+    assert [(s.placement, s.placement_reason) for s in report.sites] == [
+        ("kernel", "forced by option")
+    ]
+
+
 def test_the_kernel_keeps_its_alignment() -> None:
     """Without the hint that rows are multiples of 16 its loads would not be vectorised."""
     shapes = [(64, 2048), (1, 2048), (64, 2048), (64, 2048)]

@@ -149,6 +149,8 @@ def _rows_of(operand: Any) -> tuple[Any, Any]:
 def _row_stride(size: Sequence[Any], stride: Sequence[Any]) -> Any | None:
     """The one stride that leads from row to row, or None if there is none."""
     equal = V.graph.sizevars.statically_known_equals
+    if any(equal(n, 0) for n in size):  # nothing is read; Inductor cannot make it contiguous
+        return size[-1]
     if not equal(stride[-1], 1):
         return None
     row_stride = expected = None

@@ -67,6 +67,8 @@ def start(tmp_path: Path) -> Start:
     def start(model: Path, label: str, variables: dict[str, str], **arguments: Any) -> Engine:
         out = tmp_path / f"{label}.pt"
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        everything = ",".join(map(str, range(torch.cuda.device_count())))
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", everything).split(",")
         path = [str(tmp_path / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR_")}
         with out.with_suffix(".log").open("w") as log:
@@ -90,7 +92,7 @@ def start(tmp_path: Path) -> Start:
                 env=inherited
                 | {
                     "PYTHONPATH": os.pathsep.join(filter(None, path)),
-                    "CUDA_VISIBLE_DEVICES": str(worker % torch.cuda.device_count()),
+                    "CUDA_VISIBLE_DEVICES": devices[worker % len(devices)],
                     "HF_HUB_OFFLINE": "1",
                     "VLLM_NO_USAGE_STATS": "1",
                     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
