@@ -210,12 +210,20 @@ def test_island_is_one_launch(dtype: torch.dtype, rows: bool) -> None:
     assert [site.placement for site in report.sites] == ["inline"]
 
 
+@pytest.mark.parametrize("which", ["input", "value", "addend"])
 @pytest.mark.parametrize("n", [0, 3])
-def test_the_kernel_takes_rows_in_another_order(n: int) -> None:
-    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
-        return torch.sigmoid(F.linear(x, w)) * v.transpose(0, 1)
+def test_the_kernel_takes_rows_in_another_order(n: int, which: str) -> None:
+    def fn(w: Tensor, **t: Tensor) -> Tensor:
+        t[which] = t[which].transpose(0, 1)
+        return t["addend"] + torch.sigmoid(F.linear(t["input"], w)) * t["value"]
 
-    _, report = generate(fn, [(4, n, 128), (1, 128), (n, 4, 128)], placement="kernel")
+    def positional(w: Tensor, x: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        return fn(w, input=x, value=v, addend=r)
+
+    shapes = [
+        (n, 4, 128) if name == which else (4, n, 128) for name in ("input", "value", "addend")
+    ]
+    _, report = generate(positional, [(1, 128), *shapes], placement="kernel")
     assert [(s.placement, s.placement_reason) for s in report.sites] == [
         ("kernel", "forced by option")
     ]

@@ -323,7 +323,7 @@ def test_a_write_counts_where_it_will_run() -> None:
     assert "memory is written" in str(report)
 
 
-def test_a_graph_out_of_order_without_a_gate_is_not_touched() -> None:
+def test_a_graph_out_of_order_without_a_sigmoid_is_not_touched() -> None:
     graph = out_of_order(lambda x: x.abs().neg().exp(), aten.abs.default, randn(2))
     before = names(graph)
     GateFusionPass()(graph)

@@ -25,7 +25,8 @@ from gatefuse.inductor.drawn_nodes import drawn_nodes
 from gatefuse.inductor.gradient_rewriter import rewrite_gradients
 from gatefuse.inductor.match_gate import Rejection, Site, find_sites
 from gatefuse.inductor.match_linear import LOGIT_IS_INPUT
-from gatefuse.inductor.node_order import is_sorted, sort
+from gatefuse.inductor.match_sigmoid import find_sigmoids
+from gatefuse.inductor.node_order import is_sorted, put_back, sort
 from gatefuse.inductor.rewriter import META_KEY, DifferentResult, Rewriter
 from gatefuse.origin import origin_of
 from gatefuse.records import GraphReport, RejectionReport, SiteReport
@@ -99,12 +100,13 @@ class GateFusionPass(CustomGraphPass):
             compat.warn_unsupported(f"Inductor looks different here: {type(e).__name__}: {e}")
             return
         entry = GraphReport(f"graph_{next(_graph_numbers)}_{phase}", phase)
+        order = list(graph.nodes)
         try:
-            found, rejections = find_sites(graph)
-            if (found or rejections) and not is_sorted(graph):
+            if next(find_sigmoids(graph), None) is not None and not is_sorted(graph):
                 sort(graph)
-                found, rejections = find_sites(graph)
+            found, rejections = find_sites(graph)
         except Exception as e:  # a graph nobody foresaw compiles unfused
+            put_back(order)
             entry.error = f"{type(e).__name__}: {e}"
             log.warning(
                 "gatefuse: matching failed, the graph is left as it is: %s",

@@ -149,7 +149,7 @@ def _rows_of(operand: Any) -> tuple[Any, Any]:
 def _row_stride(size: Sequence[Any], stride: Sequence[Any]) -> Any | None:
     """The one stride that leads from row to row, or None if there is none."""
     equal = V.graph.sizevars.statically_known_equals
-    if any(equal(n, 0) for n in size):  # nothing is read; Inductor cannot make it contiguous
+    if any(equal(n, 0) for n in size[:-1]):  # nothing is read; Inductor cannot copy it to rows
         return size[-1]
     if not equal(stride[-1], 1):
         return None

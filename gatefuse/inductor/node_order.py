@@ -17,8 +17,8 @@ __all__ = ["KeptLogits", "Order", "Stretches", "is_sorted", "put_back", "sort", 
 
 
 def is_sorted(graph: Graph) -> bool:
-    """Whether each node stands behind those that it uses. A pass may leave that to what runs after
-    it: Inductor and vLLM sort when all passes have run."""
+    """Whether each node stands behind those that it uses. A pass may leave a graph unsorted:
+    Inductor and vLLM sort once all passes have run."""
     seen = set[Node]()
     for node in graph.nodes:
         if not seen.issuperset(node.all_input_nodes):

@@ -1,4 +1,4 @@
-"""Real vLLM engines on a GPU that the CPU cannot run: quantised experts, LoRA, weights loaded anew.
+"""Real vLLM engines that need a GPU: quantised experts, LoRA, weights loaded anew.
 
 Needs vLLM and a GPU; gatefuse need not be installed. Each engine is a process of its own.
 """
@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ import pytest
 import torch
 
 from tests.vllm_cpu import tiny
-from tests.vllm_cpu.conftest import OP
+from tests.vllm_cpu.conftest import NO_CACHES, OP
 from tests.vllm_gpu import checkpoints
 
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "tests" / "vllm_cpu" / "engine.py"
 OFF = {"GATEFUSE_DISABLE": "1"}
+WAIT = 450
 NEAR = 0.03  # of the log-probabilities' spread; other gates make 0.2 and more of it
 #: Activations of four bits make much of a last bit.
 ALLOWED = {"compressed-tensors NVFP4": 0.1}
@@ -33,7 +34,7 @@ FUSED = "gatefuse: 2 of 2 shared-expert gates fused (placement inline)"
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(500),
+    pytest.mark.timeout(2 * WAIT + 100),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
@@ -47,7 +48,7 @@ class Engine:
 
     def finish(self) -> tuple[dict[str, Any], list[str]]:
         """What it did, and gatefuse's lines in its log."""
-        code = self.process.wait(timeout=450)
+        code = self.process.wait(timeout=WAIT)
         log = self.out.with_suffix(".log").read_text()
         assert code == 0, log[-8000:]
         return torch.load(self.out, weights_only=False), re.findall(r"gatefuse: .*", log)
@@ -57,12 +58,13 @@ Start = Callable[..., Engine]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
+def start(tmp_path: Path) -> Iterator[Start]:
     """Starts an engine of the model in a folder, on a GPU that goes by the worker's number."""
     from benchmarks.vllm.__main__ import write_entry_point  # imports pandas
 
     (tmp_path / "site").mkdir()
     write_entry_point(tmp_path / "site")
+    started: list[subprocess.Popen[bytes]] = []
 
     def start(model: Path, label: str, variables: dict[str, str], **arguments: Any) -> Engine:
         out = tmp_path / f"{label}.pt"
@@ -70,7 +72,6 @@ def start(tmp_path: Path) -> Start:
         everything = ",".join(map(str, range(torch.cuda.device_count())))
         devices = os.environ.get("CUDA_VISIBLE_DEVICES", everything).split(",")
         path = [str(tmp_path / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR_")}
         with out.with_suffix(".log").open("w") as log:
             process = subprocess.Popen(
                 [
@@ -89,22 +90,26 @@ def start(tmp_path: Path) -> Start:
                 ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=inherited
+                env=os.environ
+                | NO_CACHES
                 | {
                     "PYTHONPATH": os.pathsep.join(filter(None, path)),
                     "CUDA_VISIBLE_DEVICES": devices[worker % len(devices)],
                     "HF_HUB_OFFLINE": "1",
                     "VLLM_NO_USAGE_STATS": "1",
                     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                    "VLLM_DISABLE_COMPILE_CACHE": "1",
-                    "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+                    "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),
                     "TORCHINDUCTOR_COMPILE_THREADS": "4",
                 }
                 | variables,
             )
+        started.append(process)
         return Engine(process, out)
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def distance(mine: torch.Tensor, theirs: torch.Tensor) -> float:
