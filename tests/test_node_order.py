@@ -288,8 +288,8 @@ def gate_beside(x: Tensor, w: Tensor, v: Tensor) -> Any:
 
 
 def out_of_order(fn: Callable[..., Any], target: Any, *inputs: Tensor) -> Graph:
-    """The graph of a function with one node behind all that use it, as a pass may leave it. A pass
-    of vLLM does, in block FP8."""
+    """The graph of a function, with one node moved after its users. A pass may leave it so, as one
+    of vLLM's does in block FP8."""
     graph = traced(fn, *inputs)
     (node,) = graph.find_nodes(op="call_function", target=target)
     next(iter(graph.find_nodes(op="output"))).prepend(node)

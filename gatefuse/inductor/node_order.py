@@ -17,8 +17,8 @@ __all__ = ["KeptLogits", "Order", "Stretches", "is_sorted", "put_back", "sort", 
 
 
 def is_sorted(graph: Graph) -> bool:
-    """Whether each node stands behind those that it uses. A pass may leave a graph unsorted:
-    Inductor and vLLM sort once all passes have run."""
+    """Whether each node comes after its inputs. A pass may leave a graph unsorted: Inductor and
+    vLLM sort once all passes have run."""
     seen = set[Node]()
     for node in graph.nodes:
         if not seen.issuperset(node.all_input_nodes):
@@ -28,15 +28,10 @@ def is_sorted(graph: Graph) -> bool:
 
 
 def sort(graph: Graph) -> None:
-    """Put each node behind those that it uses, as Inductor does; on an error none is moved."""
+    """Put each node after its inputs, as Inductor does. An error leaves some nodes moved."""
     from torch._inductor.pattern_matcher import stable_topological_sort
 
-    order = list(graph.nodes)
-    try:
-        stable_topological_sort(graph)
-    except Exception:
-        put_back(order)
-        raise
+    stable_topological_sort(graph)
 
 
 def put_back(order: list[Node]) -> None:
