@@ -82,6 +82,7 @@ _FP8 |= dict(weight_block_size=[128, 128], modules_to_not_convert=["lm_head", *_
 _IN_FP8 = dict(num_hidden_layers=24, quantization_config=_FP8)
 ENGINE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen1.5-moe-a2.7b", {}),
+    "qwen2_moe_fp8": ("qwen1.5-moe-a2.7b", _IN_FP8),
     "qwen3_next": ("qwen3-next-80b-a3b", _NEXT | dict(num_hidden_layers=12)),
     "qwen3_next_fp8": ("qwen3-next-80b-a3b", _NEXT | _IN_FP8),
 }

@@ -43,6 +43,18 @@ class Gate(nn.Module):
         return F.sigmoid(self.gate(x)) * self.other(x) + routed
 
 
+class TwoGates(nn.Module):
+    """Two gates of one input, whose gradient adds a product to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 1, bias=False)
+        self.second = nn.Linear(32, 1, bias=False)
+
+    def forward(self, x: Tensor, routed: Tensor) -> Tensor:
+        return F.sigmoid(self.gate(x)) * routed.square() + F.sigmoid(self.second(x)) * routed
+
+
 class Checkpointed(Gate):
     def forward(self, x: Tensor, routed: Tensor) -> Tensor:
         inside = super().forward
@@ -88,7 +100,8 @@ def run(
         assert (g.dtype, g.stride()) == (e.dtype, e.stride())
         assert error.norm() <= 2 * allowed.norm() + eps.norm()
         assert error.max() <= 2 * allowed.max() + eps.max()
-    assert sum(g.fused for g in report.graphs if g.phase == "forward") == 1
+    fused = sum(g.fused for g in report.graphs if g.phase == "forward")
+    assert fused == sum(m.out_features == 1 for m in model.children())
     return [g for graph in report.graphs for g in graph.gradients]
 
 
@@ -118,6 +131,15 @@ def test_the_inputs_gradient_is_an_elementwise_product(lead, dtype, bias, option
     assert found.rewritten == (1 if lead != (1,) else 2)
     assert not found.reason
     assert found.location.startswith("test_backward_graph.py:")
+
+
+@pytest.mark.timeout(150)  # an erased node in the graph's list is an endless loop
+@pytest.mark.parametrize("lead", [(20,), (1,)])
+def test_two_gates_of_one_input(lead: tuple[int, ...]) -> None:
+    """What becomes of one gate's gradients changes the other's."""
+    found = run(TwoGates(), lead)
+    assert [g.input for g in found] == [PRODUCT] * 2
+    assert not any(g.reason for g in found)
 
 
 def test_where_inductor_tunes() -> None:

@@ -50,7 +50,7 @@ PROVIDERS: dict[str, dict[str, str]] = {
 }
 DEFAULT = ("vllm", "plugin", "plugin-no-overlap", "hand-kernel")
 
-KV_GIB = {"qwen2_moe": 20, "qwen3_next": 10, "qwen3_next_fp8": 12}
+KV_GIB = {"qwen2_moe": 20, "qwen2_moe_fp8": 20, "qwen3_next": 10, "qwen3_next_fp8": 12}
 
 WORKLOADS = (
     *(Workload(f"decode-{n}", n, 32, 128) for n in (16, 32, 64)),
@@ -73,13 +73,13 @@ def engine_arguments(model: str, folder: Path, tiny: bool, layers: int) -> dict[
         kv_cache_memory_bytes=1 << 28 if tiny else int(share * (KV_GIB[model] << 30)),
         max_num_seqs=max(w.sequences for w in WORKLOADS),
         max_num_batched_tokens=8192,
-        max_model_len=8448,
+        max_model_len=min(8448, model_zoo.engine_config(model)["max_position_embeddings"]),
         compilation_config={"mode": 3, "cudagraph_capture_sizes": [1, 16, 32, 64]},
     )
     if tiny:
         arguments |= dict(max_num_seqs=4, max_num_batched_tokens=256, max_model_len=128)
         arguments["compilation_config"] = {"mode": 3}
-    elif model != "qwen2_moe":
+    elif model.startswith("qwen3_next"):
         arguments["additional_config"] = {"gdn_prefill_backend": "triton"}
     return arguments
 

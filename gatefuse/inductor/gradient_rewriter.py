@@ -45,7 +45,9 @@ def rewrite_gradients(graph: Graph, options: Options) -> list[GradientReport]:
             reason = "random numbers are drawn more than once in this graph"
         rewritten = 0
         try:
-            for product in gradients.input_products if reason is None else ():
+            # Read again: what was done for another gate may have replaced a product of this one's.
+            products = gradients_of(gradients.grad_logit).input_products
+            for product in products if reason is None else ():
                 _replace(graph, product, _elementwise)
                 rewritten += 1
             products = gradients_of(gradients.grad_logit).elementwise

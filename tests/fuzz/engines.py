@@ -24,6 +24,7 @@ from tests.fuzz.programs import Case, Loaded
 from tests.fuzz.rounding import Perturbed
 from tests.support.comparison import _Float64
 from tests.support.cuda_rewrites import emulate_coordinate_descent, pad_products
+from tests.support.gradients import rewritten_gradients
 
 __all__ = ["ENGINES", "Compiled", "Outcome", "Unusable", "run_eagerly", "run_fast", "run_full"]
 
@@ -187,6 +188,7 @@ def _settings(case: Case) -> Iterator[None]:
         stack.enter_context(
             mock.patch("torch._dynamo.guards.profile_guard_manager", return_value=0.0)
         )
+        stack.enter_context(rewritten_gradients(case.grad))
         if case.coordinate_descent:
             stack.enter_context(emulate_coordinate_descent())
         if case.padded_products:

@@ -88,6 +88,9 @@ def _counts(case: Case, report: gatefuse.Report) -> Counter[str]:
             "gates in backward graphs": sum(
                 g.fused for g in report.graphs if g.phase == "backward"
             ),
+            "products of gradients rewritten": sum(
+                gradients.rewritten for g in report.graphs for gradients in g.gradients
+            ),
             "sigmoids left alone": len(report.rejections),
         }
     )

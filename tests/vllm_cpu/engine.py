@@ -46,7 +46,8 @@ def own_pass() -> Any:
 
 def drafted(llm: Any) -> list[torch.Tensor]:
     """Gets the logits of each step of the engine's draft model."""
-    draft = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter.model
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    draft = (runner.drafter if hasattr(runner, "drafter") else runner.speculator).model
     compute, drafts = draft.compute_logits, []
 
     def compute_logits(*args: Any, **kwargs: Any) -> Any:

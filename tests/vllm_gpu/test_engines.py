@@ -119,10 +119,19 @@ def distance(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def pair(
-    start: Start, model: Path, gates: int = 2, near: float = NEAR, **arguments: Any
+    start: Start,
+    model: Path,
+    gates: int = 2,
+    near: float = NEAR,
+    variables: dict[str, str] | None = None,
+    **arguments: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The results of engines with the plugin and without, which agree; all gates are fused."""
-    engines = start(model, "fused", {}, **arguments), start(model, "plain", OFF, **arguments)
+    variables = variables or {}
+    engines = (
+        start(model, "fused", variables, **arguments),
+        start(model, "plain", variables | OFF, **arguments),
+    )
     (fused, lines), (plain, none) = engines[0].finish(), engines[1].finish()
     assert lines == [FUSED.replace("2", str(gates))]
     assert not none
@@ -183,14 +192,16 @@ def test_weights_are_loaded_anew(start: Start, tmp_path: Path) -> None:
     assert torch.equal(fused["reloaded"][1], torch.cat(fused["prompt"]))
 
 
-def test_multi_token_prediction(start: Start, tmp_path: Path) -> None:
-    """The draft's gate is fused as well."""
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_multi_token_prediction(start: Start, tmp_path: Path, runner: str) -> None:
+    """The draft's gate is fused as well, by either of vLLM's model runners."""
     model = tiny.build(tmp_path / "model", "qwen3_next", **checkpoints.EXPERTS)
     draft = {"method": "qwen3_next_mtp", "num_speculative_tokens": 1}
     pair(
         start,
         model,
         gates=5,
+        variables={"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "V2"))},
         speculative_config=draft,
         additional_config={"gdn_prefill_backend": "triton"},
     )
