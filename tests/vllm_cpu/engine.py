@@ -1,6 +1,7 @@
 """Runs one vLLM engine in this process and tells what it did.
 
 Usage: python engine.py OUT.pt '{"model": folder, ...LLM arguments}'
+   or: python engine.py, an engine for each line of the input; see serve
 
 OUT.pt holds a dict: tokens and log-probabilities of all tokens of the vocabulary (at each position
 of the prompts and for each new token), the graphs after vLLM's passes, vLLM's hash of the
@@ -13,6 +14,7 @@ whose weights the engine loads in turn, with the log-probabilities of the prompt
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,12 +60,38 @@ def drafted(llm: Any) -> list[torch.Tensor]:
     return drafts
 
 
-def main(out: str, arguments: dict[str, Any]) -> None:
+def vllm() -> tuple[Any, ...]:
+    """What is imported of vLLM."""
     from vllm import LLM, SamplingParams
     from vllm.compilation.backends import VllmBackend
     from vllm.compilation.passes.pass_manager import PostGradPassManager
     from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
 
+    return LLM, SamplingParams, VllmBackend, PostGradPassManager, VllmPatternMatcherPass
+
+
+def serve() -> None:
+    """For each line of the input run an engine in a fork of this process, which has imported vLLM,
+    and print its exit status. A line: the arguments of main, "variables" and the file "log"."""
+    vllm()
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        if pid := os.fork():
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
+            continue
+        answers.close()
+        os.environ.update(request["variables"])
+        with open(os.devnull) as nothing, open(request["log"], "w") as log:
+            os.dup2(nothing.fileno(), 0)
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        main(request["out"], request["arguments"])
+        return
+
+
+def main(out: str, arguments: dict[str, Any]) -> None:
+    LLM, SamplingParams, VllmBackend, PostGradPassManager, VllmPatternMatcherPass = vllm()
     vocabulary = json.loads(Path(arguments["model"], "config.json").read_text())["vocab_size"]
     graphs: list[str] = []
     traced: list[str] = []
@@ -151,4 +179,7 @@ def main(out: str, arguments: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    if sys.argv[1:]:
+        main(sys.argv[1], json.loads(sys.argv[2]))
+    else:
+        serve()

@@ -133,10 +133,7 @@ def test_tensor_parallel(run: Run, place: Path, reference: Reference) -> None:
     """Two ranks, which are processes of their own. Fused or not, two ranks sum in another order
     than one: fused, they may differ by twice of what they differ by unfused, from one rank and from
     the reference."""
-    two_ranks = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    } | NO_CACHES
+    two_ranks = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | NO_CACHES
     fused = run("qwen2_moe", "two ranks", two_ranks, tensor_parallel_size=2)
     unfused = run("qwen2_moe", "two ranks, plain", two_ranks | ALONE, tensor_parallel_size=2)
     assert fused.lines == [line(2)]
