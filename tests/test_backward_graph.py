@@ -171,6 +171,32 @@ def test_a_scaled_product_is_left_alone(scale: str) -> None:
     assert backward.graph.output_node().args[0] == (scaled,)
 
 
+def test_padded_rows() -> None:
+    """As Inductor pads on a GPU where it measures that to be faster."""
+    backward = BackwardGraph()
+    dz = backward.call(aten.constant_pad_nd.default, backward.dz, [0, 0, 0, 7], 0.0)
+    product = backward.call(aten.mm.default, dz, backward.inputs["w"])
+    result = backward.call(aten.slice.Tensor, product, 0, 0, -7)
+    (found,) = backward.rewrite(result)
+    assert (found.input, found.rewritten, found.reason) == (PRODUCT, 1, "")
+    assert (result.args[0].target, result.args[0].args) == (
+        aten.mul.Tensor,
+        (dz, backward.inputs["w"]),
+    )
+    assert result.args[0].meta["val"].shape == (16, 32)
+
+
+def test_a_product_padded_in_between_is_left_alone() -> None:
+    backward = BackwardGraph()
+    dz = backward.call(aten.constant_pad_nd.default, backward.dz, [0, 7], 0.0)
+    w = backward.call(aten.constant_pad_nd.default, backward.inputs["w"], [0, 0, 0, 7], 0.0)
+    product = backward.call(aten.mm.default, dz, w)
+    (found,) = backward.rewrite(product)
+    assert (found.input, found.rewritten) == (LIBRARY, 0)
+    assert found.reason == "the product is padded"
+    assert backward.graph.output_node().args[0] == (product,)
+
+
 @pytest.mark.parametrize("draws", [1, 2])
 def test_among_several_random_draws_it_is_left_alone(draws: int) -> None:
     """Other kernels might draw in another order."""

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from gatefuse.inductor import choices
 from gatefuse.inductor.choices import GRADIENT_KEY
 from gatefuse.inductor.cost_model import reason_to_keep_gradients
-from gatefuse.inductor.fx_utils import arguments
+from gatefuse.inductor.fx_utils import arguments, known
 from gatefuse.inductor.match_backward import (
     Gradients,
     find_gradients,
@@ -82,6 +82,8 @@ def _elementwise(call: Callable[..., Node], old: Node) -> Node:
     """``mm`` or ``addmm`` of a column and a row."""
     factors = product_of(old)
     assert factors is not None
+    if not known(factors[0].meta["val"].shape[1] == 1):
+        raise ValueError("the product is padded")
     if old.target is aten.mm.default:
         return call(aten.mul.Tensor, *factors)
     added, *_, beta, alpha = arguments(old)

@@ -33,7 +33,7 @@ class Gradients:
     """The gradients of one gate that a graph computes.
 
     grad_logit: the logit's gradient. input_products: the input's gradient as ``mm`` or ``addmm`` of
-    ``[N, 1]`` and ``[1, H]``.
+    ``[N, 1]`` and ``[1, H]``, which Inductor may have padded.
     weight_products: the weight's as ``mm`` of ``[1, N]`` and ``[N, H]``. elementwise: products
     of elements, which may be either.
     """
@@ -109,14 +109,14 @@ def gradients_of(grad_logit: Node) -> Gradients:
     input_products, weight_products, elementwise = list[Node](), list[Node](), list[Node]()
     for node in through(grad_logit):
         shape = tensor_of(node, "the logit's gradient").shape
-        for user in node.users:
-            if user.target is aten.mul.Tensor:
-                elementwise.append(user)
-            elif (factors := product_of(user)) and factors[0] is node:
-                if known(shape[1] == 1):
-                    input_products.append(user)
-                elif known(shape[0] == 1):
-                    weight_products.append(user)
+        elementwise += [user for user in node.users if user.target is aten.mul.Tensor]
+        padded = [user for user in node.users if user.target is aten.constant_pad_nd.default]
+        for left in (node, *padded):
+            products = [n for n in left.users if (f := product_of(n)) and f[0] is left]
+            if known(shape[1] == 1):
+                input_products += products
+            elif known(shape[0] == 1):
+                weight_products += products
     return Gradients(grad_logit, tuple(input_products), tuple(weight_products), tuple(elementwise))
 
 
