@@ -80,13 +80,12 @@ _KEPT = [f"model.layers.{i}.{part}" for i in range(48) for part in _BF16]
 _FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic")
 _FP8 |= dict(weight_block_size=[128, 128], modules_to_not_convert=["lm_head", *_KEPT])
 _IN_FP8 = dict(num_hidden_layers=24, quantization_config=_FP8)
-ENGINE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+ENGINE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # a file of CONFIGS, and what differs
     "qwen2_moe": ("qwen1.5-moe-a2.7b", {}),
     "qwen2_moe_fp8": ("qwen1.5-moe-a2.7b", _IN_FP8),
     "qwen3_next": ("qwen3-next-80b-a3b", _NEXT | dict(num_hidden_layers=12)),
     "qwen3_next_fp8": ("qwen3-next-80b-a3b", _NEXT | _IN_FP8),
 }
-"""File of CONFIGS, and what the engines have instead."""
 
 
 def engine_config(name: str, layers: int | None = None, tiny: bool = False) -> dict[str, Any]:

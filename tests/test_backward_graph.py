@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import gatefuse
 from gatefuse.bench.workloads import call, make_set
 from gatefuse.inductor import gradient_rewriter
+from gatefuse.inductor.choices import GRADIENT_KEY
 from gatefuse.records import GradientReport
 from gatefuse.summary import gradients_as_text
 from tests.support.cuda_codegen import cuda_codegen, local_memory, on_cuda
@@ -53,6 +54,12 @@ class TwoGates(nn.Module):
 
     def forward(self, x: Tensor, routed: Tensor) -> Tensor:
         return F.sigmoid(self.gate(x)) * routed.square() + F.sigmoid(self.second(x)) * routed
+
+
+class Squeezed(Gate):
+    def forward(self, x: Tensor, routed: Tensor) -> Tensor:
+        gate = F.sigmoid(self.gate(x).squeeze(-1))
+        return gate.unsqueeze(-1) * self.other(x) + routed
 
 
 class Checkpointed(Gate):
@@ -133,6 +140,11 @@ def test_the_inputs_gradient_is_an_elementwise_product(lead, dtype, bias, option
     assert found.location.startswith("test_backward_graph.py:")
 
 
+def test_of_a_logit_without_a_column() -> None:
+    (found,) = run(Squeezed(), (20,))
+    assert (found.input, found.weight, found.rewritten) == (PRODUCT, LIBRARY, 1)
+
+
 @pytest.mark.timeout(150)  # an erased node in the graph's list is an endless loop
 @pytest.mark.parametrize("lead", [(20,), (1,)])
 def test_two_gates_of_one_input(lead: tuple[int, ...]) -> None:
@@ -184,6 +196,7 @@ def test_padded_rows() -> None:
         (dz, backward.inputs["w"]),
     )
     assert result.args[0].meta["val"].shape == (16, 32)
+    assert result.args[0].meta[GRADIENT_KEY]
 
 
 def test_a_product_padded_in_between_is_left_alone() -> None:

@@ -141,12 +141,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     all_ = TINY_WORKLOADS if arguments.tiny else (*WORKLOADS, *LONG)
     workloads = [w for w in all_ if w.name in arguments.workloads]
-    if not workloads:
-        parser.error(f"workloads are {', '.join(w.name for w in all_)}")
+    config = model_zoo.engine_config(arguments.model, arguments.layers, arguments.tiny)
+    fit = [w for w in all_ if w.tokens_in + w.tokens_out <= config["max_position_embeddings"]]
+    if not workloads or not set(workloads) <= set(fit):
+        parser.error(f"workloads of this model are {', '.join(w.name for w in fit)}")
     import torch
 
     begin = time.monotonic()
-    config = model_zoo.engine_config(arguments.model, arguments.layers, arguments.tiny)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     content: dict[str, Any] = {"kind": "vllm", "header": store.header(device, argv or sys.argv[1:])}
     content |= {"model": arguments.model + ", tiny" * arguments.tiny, "config": config}

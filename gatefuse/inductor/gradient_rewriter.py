@@ -25,7 +25,7 @@ from gatefuse.inductor.match_backward import (
     through,
 )
 from gatefuse.inductor.node_order import Order
-from gatefuse.inductor.rewriter import check_same, erase_unused, insert_call
+from gatefuse.inductor.rewriter import DifferentResult, check_same, erase_unused, insert_call
 from gatefuse.origin import origin_of
 from gatefuse.records import GradientReport
 from gatefuse.settings import Options
@@ -57,8 +57,10 @@ def rewrite_gradients(graph: Graph, options: Options) -> list[GradientReport]:
                 for added in _sums_with_matrix_products(product):
                     _replace(graph, added, _apart)
                     rewritten += 1
-        except Exception as e:
+        except (DifferentResult, ValueError) as e:
             reason = str(e)
+        except Exception as e:
+            reason = f"could not be rewritten: {type(e).__name__}: {e}"
         reports.append(_report(gradients, rewritten, reason or ""))
     return reports
 

@@ -109,10 +109,12 @@ def gradients_of(grad_logit: Node) -> Gradients:
     input_products, weight_products, elementwise = list[Node](), list[Node](), list[Node]()
     for node in through(grad_logit):
         shape = tensor_of(node, "the logit's gradient").shape
-        elementwise += [user for user in node.users if user.target is aten.mul.Tensor]
         padded = [user for user in node.users if user.target is aten.constant_pad_nd.default]
         for left in (node, *padded):
+            elementwise += [user for user in left.users if user.target is aten.mul.Tensor]
             products = [n for n in left.users if (f := product_of(n)) and f[0] is left]
+            if not products:  # the logit may have one dimension
+                continue
             if known(shape[1] == 1):
                 input_products += products
             elif known(shape[0] == 1):

@@ -70,7 +70,7 @@ def compare(
     run, wrapped = prepare(model().double().to(device))
     reference = step(run, wrapped, x.double())
     run, wrapped = prepare(model().to(device))
-    # Whether Inductor pads a product on a GPU is measured, and chance with so few rows.
+    # On a GPU Inductor measures whether padding pays; with so few rows the answer is chance.
     unpadded = config.patch(shape_padding=False)
     with unpadded, gatefuse.fusing() as report, rewritten_gradients(device == "cpu"):
         fused = step(compiled(run), wrapped, x)

@@ -96,13 +96,19 @@ class Server:
         line = json.dumps({"variables": variables, "log": str(log), **request})
         print(line, file=self._process.stdin, flush=True)
         answer = ""
-        while not re.fullmatch(r"-?\d+\n", answer):  # vLLM speaks while it is imported
+        while not re.fullmatch(r"-?\d+\n", answer):  # vLLM prints while it is imported
             answer = self._process.stdout.readline()  # type: ignore[union-attr]
             assert answer, "the server ended"
         return int(answer)
 
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def close(self) -> None:
-        self._process.communicate()
+        try:
+            self._process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
 
 Run = Callable[..., Engine]
@@ -155,7 +161,7 @@ def environment(place: Path, kernels: Path) -> Callable[[str], dict[str, str]]:
     def environment(caches: str) -> dict[str, str]:
         root = place / f"cache-{caches}" / "vllm"
         if not root.exists():
-            # What classes of models can do, which vLLM asks another process for, is no code.
+            # What a class of models supports, which vLLM asks a process for, is shared by all.
             root.mkdir(parents=True)
             kernels.with_name("modelinfos").mkdir(exist_ok=True)
             (root / "modelinfos").symlink_to(kernels.with_name("modelinfos"))
@@ -211,8 +217,8 @@ def run(place: Path, environment: Callable[[str], dict[str, str]], kernels: Path
                 plain["PYTHONPATH"] += os.pathsep + str(place / "vision")
             # What is read when vLLM is imported, and not later.
             read = plain | {name: variables[name] for name in NO_CACHES if name in variables}
-            kind = (read["PYTHONPATH"], NO_CACHES.items() <= variables.items())
-            if kind not in servers:
+            kind = tuple(read.get(name) for name in ("PYTHONPATH", *NO_CACHES))
+            if kind not in servers or not servers[kind].is_alive():
                 servers[kind] = Server(read, place)
             log = out.with_suffix(".log")
             code = servers[kind].run(plain | variables, log, out=str(out), arguments=arguments)

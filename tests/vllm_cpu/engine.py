@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def vllm() -> tuple[Any, ...]:
 
 def serve() -> None:
     """For each line of the input run an engine in a fork of this process, which has imported vLLM,
-    and print its exit status. A line: the arguments of main, "variables" and the file "log"."""
+    and print its exit status. A line: the arguments of main, "variables" and the file "log". An
+    engine that takes too long is killed."""
     vllm()
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
@@ -86,6 +88,7 @@ def serve() -> None:
             os.dup2(nothing.fileno(), 0)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        signal.alarm(400)
         main(request["out"], request["arguments"])
         return
 
