@@ -9,16 +9,17 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gatefuse import formulas
-from gatefuse.inductor import fx_utils, rewriter
+from gatefuse.inductor import fx_utils, gradient_rewriter, rewriter
 from gatefuse.inductor.fusion_pass import GateFusionPass
 from gatefuse.inductor.node_order import Order
 from gatefuse.operands import Operands
@@ -133,6 +134,22 @@ def test_a_wrong_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(formulas, "value_and_logit", wrong)
     assert "error" in run_case(GATE, "fast").problems[0]
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+def test_wrong_gradients_are_seen(breaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU too, where gatefuse leaves gradients to Inductor."""
+    make = gradient_rewriter._elementwise
+
+    def wrong(call: Callable[..., Any], old: Node) -> Node:
+        if breaks:
+            raise KeyError("val")
+        return call(torch.ops.aten.mul.Tensor, make(call, old), 1 + 2**-18)
+
+    monkeypatch.setattr(gradient_rewriter, "_elementwise", wrong)
+    program = case(*(line.text for line in GATE.lines), outputs="y1", grad=True, sizes=(40,))
+    found = "\n".join(run_case(program, "fast").problems)
+    assert ("could not be rewritten: KeyError" if breaks else "gradient of x1") in found
 
 
 def test_draws_in_another_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

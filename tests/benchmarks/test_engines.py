@@ -14,6 +14,7 @@ from tests.benchmarks.extra import need
 
 need()
 
+from benchmarks import model_zoo
 from benchmarks.vllm import __main__ as vllm_benchmark
 from benchmarks.vllm.engine import Workload
 from benchmarks.vllm.group import EngineError, Group, Remote, refusal
@@ -165,3 +166,21 @@ def test_engines_without_time_for_a_round_are_an_error() -> None:
     group.wait([Workload("decode-16", 16, 32, 128)], 0)
     group.measure(5, time.monotonic(), time.monotonic())
     assert content["errors"] == ["vllm: too little time for a round"]
+
+
+@pytest.mark.parametrize("model", model_zoo.ENGINE_MODELS)
+def test_no_engine_is_asked_for_a_longer_context_than_its_model_has(model: str) -> None:
+    arguments = vllm_benchmark.engine_arguments(model, Path("model"), tiny=False, layers=12)
+    allowed = model_zoo.engine_config(model)["max_position_embeddings"]
+    longest = max(w.tokens_in + w.tokens_out for w in vllm_benchmark.WORKLOADS)
+    assert longest <= arguments["max_model_len"] <= allowed
+
+
+def test_a_workload_that_the_model_cannot_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--out", str(tmp_path), "--model", "qwen2_moe", "--workloads", "prefill-heavy-16"]
+    with pytest.raises(SystemExit):
+        vllm_benchmark.main(asked)
+    assert "workloads of this model are decode-16," in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

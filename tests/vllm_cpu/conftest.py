@@ -77,7 +77,7 @@ class Engine:
 
 
 class Server:
-    """A process that has imported vLLM, which takes 12 s, and forks for each engine."""
+    """A process that has imported vLLM, which takes its time, and forks for each engine."""
 
     def __init__(self, environment: dict[str, str], cwd: Path) -> None:
         self.environment = environment
